@@ -1,0 +1,69 @@
+"""The ragged stream: the one layout that every layer inside a model sees.
+
+T tokens of B sequences lie end to end; ``cu_seqlens`` says where each begins. A packed row of documents, a padded batch,
+a prompt, a chunk of a prompt and one decoding step are all such streams, so one ``forward`` serves them all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from sextant.core.state import Memory
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Where each of T tokens belongs.
+
+    Attributes:
+        positions_T: int64, the position of each token in its own sequence (late in a decode, large).
+        cu_seqlens: int32 [B+1], sequence ``b`` holds rows ``cu_seqlens[b]`` to ``cu_seqlens[b+1]`` of the stream.
+        max_len: the longest sequence in this stream, or a bound on it.
+        rows: B when all sequences have the same length, else None: lets kernels take the batched path.
+        memory: decoding states that the layers read and extend; None in training.
+    """
+
+    positions_T: Tensor
+    cu_seqlens: Tensor
+    max_len: int
+    rows: int | None = None
+    memory: Memory | None = field(default=None, compare=False)
+
+    @classmethod
+    def of_lengths(cls, lengths: Sequence[int], device: torch.device | str = "cpu", memory: Memory | None = None) -> Stream:
+        """A stream of sequences with these lengths, each after what ``memory`` already holds of it."""
+        starts = memory.lengths if memory is not None else [0] * len(lengths)
+        pieces = [torch.arange(start, start + length) for start, length in zip(starts, lengths, strict=True)]
+        positions = torch.cat(pieces) if pieces else torch.zeros(0, dtype=torch.int64)
+        cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        rows = len(lengths) if len(set(lengths)) == 1 else None
+        return cls(positions.to(device), cu_seqlens.to(device), max(lengths, default=0), rows, memory)
+
+    @classmethod
+    def packed(cls, starts_T: Tensor, max_len: int) -> Stream:
+        """A training stream from flags: ``starts_T`` is true where a sequence begins (its first token must be one)."""
+        index_T = torch.arange(starts_T.numel(), device=starts_T.device)
+        first_B = index_T[starts_T]
+        cu_seqlens = torch.cat([first_B, index_T.new_tensor([starts_T.numel()])]).to(torch.int32)
+        positions_T = index_T - first_B[starts_T.cumsum(0) - 1]
+        lengths = cu_seqlens.diff()
+        rows = len(lengths) if bool((lengths == lengths[0]).all()) else None
+        return cls(positions_T, cu_seqlens, max_len, rows)
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Sequence lengths on the host; costs a device synchronisation the first time."""
+        return self.cu_seqlens.diff().tolist()
+
+    @cached_property
+    def sequence_T(self) -> Tensor:
+        """int64: the number of the sequence that each token belongs to."""
+        index_T = torch.arange(self.positions_T.numel(), device=self.positions_T.device, dtype=torch.int32)
+        return torch.searchsorted(self.cu_seqlens[1:], index_T, right=True)
