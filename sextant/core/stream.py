@@ -6,7 +6,7 @@ a prompt, a chunk of a prompt and one decoding step are all such streams, so one
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -28,6 +28,7 @@ class Stream:
         max_len: the longest sequence in this stream, or a bound on it.
         rows: B when all sequences have the same length, else None: lets kernels take the batched path.
         memory: decoding states that the layers read and extend; None in training.
+        turns: cosine and sine of the rotary codes in use, by code, computed once for all layers of a model.
     """
 
     positions_T: Tensor
@@ -35,6 +36,7 @@ class Stream:
     max_len: int
     rows: int | None = None
     memory: Memory | None = field(default=None, compare=False)
+    turns: dict[Hashable, tuple[Tensor, Tensor]] = field(default_factory=dict, compare=False)
 
     @classmethod
     def of_lengths(cls, lengths: Sequence[int], device: torch.device | str = "cpu", memory: Memory | None = None) -> Stream:

@@ -1,0 +1,22 @@
+"""Contract of axis 3: where do parameters live?
+
+A feed-forward option builds a module ``x_TD (fp32) -> (y_TD, Routing or None)``.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from sextant.axes.numerics import Numerics
+from sextant.core.cost import At, Cost
+from sextant.core.spec import Spec
+
+
+class FeedForward(Spec):
+    """Base of the capacity options."""
+
+    def build(self, width: int, numerics: Numerics) -> nn.Module:
+        raise NotImplementedError
+
+    def cost(self, width: int, at: At) -> Cost:
+        raise NotImplementedError

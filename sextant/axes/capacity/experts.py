@@ -1,0 +1,117 @@
+"""A mixture of experts: router, capacity rule, dispatch, experts, combine, and experts that every token shares.
+
+MAI-Base-1 sections 6 to 8; Mixtral 2401.04088; fine-grained and shared experts 2401.06066. The router sees the fp32
+row; copies go to their experts sorted and in a fixed order; the combine is fp32.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from sextant.axes.capacity.activation import Activation, activate, is_gated
+from sextant.axes.capacity.base import FeedForward
+from sextant.axes.capacity.dense import Dense
+from sextant.axes.numerics import Numerics
+from sextant.axes.routing import AnyBalance, AnyOverflow, AnyRouter, Dropless, Routing, SoftmaxTopK
+from sextant.axes.stability import Role
+from sextant.core.cost import At, Cost
+from sextant.kernels.grouped import grouped_linear
+from sextant.kernels.permute import combine, dispatch, plan
+
+
+class Experts(FeedForward):
+    """E experts of width ``hidden``, of which each token meets ``router.top_k``, and ``shared`` hidden units for all."""
+
+    kind: Literal["experts"] = "experts"
+    experts: int = Field(ge=1)
+    hidden: int = Field(ge=1)
+    router: AnyRouter = SoftmaxTopK(top_k=2)
+    overflow: AnyOverflow = Dropless()
+    balance: tuple[AnyBalance, ...] = ()
+    activation: Activation = "swiglu"
+    shared: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Experts:
+        if self.router.top_k > self.experts:
+            raise ValueError(f"router.top_k {self.router.top_k} exceeds experts {self.experts}")
+        return self
+
+    def build(self, width: int, numerics: Numerics) -> ExpertsModule:
+        return ExpertsModule(self, width, numerics)
+
+    def cost(self, width: int, at: At) -> Cost:
+        cost = self.router.cost(width, self.experts, at) + self.expert_cost(width, at)
+        cost += Cost(activation_bytes=at.itemsize * width)
+        return cost + self.shared_cost(width, at)
+
+    def expert_cost(self, width: int, at: At) -> Cost:
+        """The routed part at payload width ``width``: E experts stored, A met; copies travel there and back."""
+        chosen, halves = self.router.top_k, 2 if is_gated(self.activation) else 1
+        one = (halves + 1) * width * self.hidden
+        kept = at.itemsize * chosen * (2 * width + (halves + 1) * self.hidden) + 8 * chosen
+        return Cost(
+            params=self.experts * one,
+            active_params=chosen * one,
+            flops=2.0 * chosen * one,
+            activation_bytes=kept,
+            exchange_bytes=2 * chosen * width * at.itemsize,
+        )
+
+    def shared_cost(self, width: int, at: At) -> Cost:
+        """The shared experts, one dense layer."""
+        return self._shared().cost(width, at) if self.shared else Cost()
+
+    def _shared(self) -> Dense:
+        return Dense(hidden=self.shared, activation=self.activation)
+
+
+class ExpertsModule(nn.Module):
+    """``[T, D] -> [T, D]`` and the layer's :class:`Routing`."""
+
+    def __init__(self, spec: Experts, width: int, numerics: Numerics):
+        super().__init__()
+        self.spec, self.numerics = spec, numerics
+        self.router = spec.router.build(width, spec.experts)
+        self.experts = ExpertStack(spec, self._payload(width))
+        self.shared = spec._shared().build(width, numerics) if spec.shared else None
+
+    def _payload(self, width: int) -> int:
+        """Width of the rows that travel to the experts."""
+        return width
+
+    def forward(self, x_TD: Tensor) -> tuple[Tensor, Routing]:
+        routing = self.router(x_TD)
+        y_TD = self.routed(self.numerics.lower(x_TD), routing)
+        if self.shared is not None:
+            y_TD = y_TD + self.shared(x_TD)[0]
+        return y_TD, routing
+
+    def routed(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        """Dispatch, experts, combine: fp32 ``[T, D]``."""
+        gates_TA = self.spec.overflow.admit(routing)
+        where = plan(routing.experts_TA, self.spec.experts)
+        rows_ND = dispatch(x_TD, where, self.spec.router.top_k)
+        return combine(self.experts(rows_ND, where.counts_E), gates_TA, where)
+
+
+class ExpertStack(nn.Module):
+    """All experts of a layer: ``up_EDF`` holds gate and value side by side when gated, ``down_EFD`` the way back."""
+
+    roles = {"up_EDF": Role.FF_IN, "down_EFD": Role.FF_OUT}
+
+    def __init__(self, spec: Experts, width: int):
+        super().__init__()
+        self.activation = spec.activation
+        halves = 2 if is_gated(spec.activation) else 1
+        self.up_EDF = nn.Parameter(torch.empty(spec.experts, width, halves * spec.hidden))
+        self.down_EFD = nn.Parameter(torch.empty(spec.experts, spec.hidden, width))
+
+    def forward(self, x_ND: Tensor, counts_E: Tensor) -> Tensor:
+        h_NF = grouped_linear(x_ND, self.up_EDF, counts_E)
+        halves = h_NF.chunk(2, dim=-1) if is_gated(self.activation) else (h_NF, None)
+        return grouped_linear(activate(self.activation, *halves), self.down_EFD, counts_E)

@@ -1,0 +1,64 @@
+"""Axis 2, KV: what is projected, cached and shared? Position codes live here too, because they are part of a key."""
+
+from sextant.axes.kv.base import KV
+from sextant.axes.kv.gqa import GQA
+from sextant.axes.kv.position import (
+    ALiBi,
+    AnyPosition,
+    AnyScaling,
+    LinearScaling,
+    Llama3Scaling,
+    NoPE,
+    RoPE,
+    YaRNScaling,
+)
+from sextant.axes.stability import RMSNorm
+from sextant.core.table import Row, Table
+
+AnyKV = GQA
+
+TABLE = Table(
+    "kv",
+    "what is projected, cached and shared?",
+    (
+        Row(
+            GQA,
+            "H query heads over G cached heads; MHA and MQA are its ends",
+            "2305.13245; MAI-Base-1, section 4.4",
+            (
+                GQA(heads=4, kv_heads=2, head_dim=8),
+                GQA(heads=3, kv_heads=3, head_dim=8, bias=True),
+                GQA(heads=4, kv_heads=1, head_dim=6, scale=0.3),
+                GQA(heads=6, kv_heads=2, head_dim=8, qk_norm=RMSNorm()),
+            ),
+        ),
+    ),
+)
+
+POSITIONS = Table(
+    "positions",
+    "how does a score know about distance?",
+    (
+        Row(
+            RoPE,
+            "pairs of channels turn with the position",
+            "2104.09864",
+            (
+                RoPE(),
+                RoPE(fraction=0.5),
+                RoPE(layout="interleaved"),
+                RoPE(fraction=0.25, layout="interleaved", base=500.0),
+                RoPE(scaling=LinearScaling(factor=4.0)),
+                RoPE(scaling=Llama3Scaling(factor=8.0, original=16)),
+                RoPE(scaling=YaRNScaling(factor=4.0, original=16)),
+            ),
+        ),
+        Row(NoPE, "order through causality only", "2305.19466; MAI-Base-1, section 4.3", (NoPE(),)),
+        Row(ALiBi, "a slope per head on the distance", "2108.12409", (ALiBi(),)),
+    ),
+)
+
+__all__ = [
+    "GQA", "KV", "POSITIONS", "TABLE", "ALiBi", "AnyKV", "AnyPosition", "AnyScaling", "LinearScaling",
+    "Llama3Scaling", "NoPE", "RoPE", "YaRNScaling",
+]

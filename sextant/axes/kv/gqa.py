@@ -1,0 +1,98 @@
+"""Grouped-query attention, with multi-head (G = H) and multi-query (G = 1) attention as its ends.
+
+Query head h reads KV head ``h // (H / G)``. The head width is free of the model width: H·K need not be D.
+MAI-Base-1 section 4.4; 1706.03762, 1911.02150, 2305.13245.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from sextant.axes.kv.base import KV
+from sextant.axes.kv.position import AnyPosition, RoPE
+from sextant.axes.numerics import Numerics
+from sextant.axes.stability import AnyNorm, Linear, Role
+from sextant.core.cost import At, Cost
+from sextant.core.stream import Stream
+from sextant.kernels.attention import Scores
+
+
+class GQA(KV):
+    """H query heads over G key/value heads.
+
+    Attributes:
+        qk_norm: norm over each query's and key's channels before the position code; bounds the scores.
+        scale: what scores are multiplied by; None is ``head_dim ** -0.5``.
+    """
+
+    kind: Literal["gqa"] = "gqa"
+    heads: int = Field(ge=1)
+    kv_heads: int = Field(ge=1)
+    head_dim: int = Field(ge=1)
+    position: AnyPosition = RoPE()
+    qk_norm: AnyNorm | None = None
+    scale: float | None = Field(None, gt=0)
+    bias: bool = False
+
+    @model_validator(mode="after")
+    def _fits(self) -> GQA:
+        if self.heads % self.kv_heads:
+            raise ValueError(f"kv_heads {self.kv_heads} must divide heads {self.heads}")
+        if isinstance(self.position, RoPE) and self.position.rotary_dim(self.head_dim) % 2:
+            raise ValueError(f"rotary width {self.position.rotary_dim(self.head_dim)} must be even")
+        return self
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return self.heads, self.kv_heads, self.head_dim, self.head_dim
+
+    def build(self, width: int, numerics: Numerics) -> GQAModule:
+        return GQAModule(self, width, numerics)
+
+    def cost(self, width: int, at: At) -> Cost:
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        cost = Cost.of_matrix(width, q + 2 * kv, at) + Cost.of_matrix(q, width, at, keep_input=False)
+        if self.bias:
+            cost += Cost(q + 2 * kv, q + 2 * kv)
+        if self.qk_norm is not None:
+            cost += 2 * self.qk_norm.cost(self.head_dim, at)
+        return cost
+
+
+class GQAModule(nn.Module):
+    """Projections of one layer."""
+
+    def __init__(self, spec: GQA, width: int, numerics: Numerics):
+        super().__init__()
+        self.spec, self.numerics = spec, numerics
+        q_width, kv_width = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+        self.q = Linear(width, q_width, Role.ATTENTION_IN, spec.bias)
+        self.k = Linear(width, kv_width, Role.ATTENTION_IN, spec.bias)
+        self.v = Linear(width, kv_width, Role.ATTENTION_IN, spec.bias)
+        self.o = Linear(q_width, width, Role.ATTENTION_OUT)
+        self.q_norm = spec.qk_norm.build(spec.head_dim) if spec.qk_norm else None
+        self.k_norm = spec.qk_norm.build(spec.head_dim) if spec.qk_norm else None
+        self.position = spec.position.build(spec.heads, spec.head_dim)
+
+    @property
+    def scores(self) -> Scores:
+        """Scale and ALiBi slopes."""
+        scale = self.spec.scale or self.spec.head_dim**-0.5
+        return Scores(scale, self.position.slopes_H)
+
+    def project(self, x_TD: Tensor, stream: Stream) -> tuple[Tensor, Tensor, Tensor]:
+        """``q_THK``, ``k_TGK``, ``v_TGV`` in the compute dtype, position code applied."""
+        x_TD = self.numerics.lower(x_TD)
+        per_head = (-1, self.spec.head_dim)
+        q, k, v = (projection(x_TD).unflatten(-1, per_head) for projection in (self.q, self.k, self.v))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = self.position(q, k, stream)
+        return q.to(v.dtype), k.to(v.dtype), v
+
+    def output(self, o_THV: Tensor) -> Tensor:
+        """``[T, H, V] -> [T, D]``."""
+        return self.o(o_THV.flatten(1))

@@ -1,0 +1,35 @@
+"""Axis 4, routing: who goes where, and what happens when an expert is full?"""
+
+from sextant.axes.routing.balance import TABLE as BALANCE
+from sextant.axes.routing.balance import AnyBalance, Auxiliary, ZLoss
+from sextant.axes.routing.base import Router, Routing
+from sextant.axes.routing.dropless import Dropless
+from sextant.axes.routing.softmax_topk import SoftmaxTopK
+from sextant.core.table import Row, Table
+
+AnyRouter = SoftmaxTopK
+AnyOverflow = Dropless
+
+TABLE = Table(
+    "routing",
+    "who goes where?",
+    (
+        Row(
+            SoftmaxTopK,
+            "softmax over all experts, the A best; gates raw or normalised",
+            "Mixtral 2401.04088; MAI-Base-1, section 6",
+            (SoftmaxTopK(top_k=2), SoftmaxTopK(top_k=1), SoftmaxTopK(top_k=2, normalize=True, scale=2.5)),
+        ),
+    ),
+)
+
+OVERFLOW = Table(
+    "overflow",
+    "what happens when an expert is full?",
+    (Row(Dropless, "it takes all that is sent", "2211.15841; MAI-Base-1, section 8", (Dropless(),)),),
+)
+
+__all__ = [
+    "BALANCE", "OVERFLOW", "TABLE", "AnyBalance", "AnyOverflow", "AnyRouter", "Auxiliary", "Dropless", "Router",
+    "Routing", "SoftmaxTopK", "ZLoss",
+]

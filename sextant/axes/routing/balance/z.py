@@ -1,0 +1,23 @@
+"""Router z-loss (ST-MoE, 2202.08906): keeps logits small, so that rounding does not change the choice."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from sextant.axes.routing.base import Routing
+from sextant.core.spec import Spec
+from sextant.core.stream import Stream
+
+
+class ZLoss(Spec):
+    """``coef * mean_t logsumexp_e(z_te)^2``."""
+
+    kind: Literal["z"] = "z"
+    coef: float = Field(1e-3, ge=0)
+
+    def loss(self, routing: Routing, stream: Stream, counts_E: Tensor, tokens: int) -> Tensor:
+        """This micro-batch's part of the step's z-loss; arguments as in the auxiliary loss."""
+        return self.coef * routing.logits_TE.logsumexp(-1).square().sum() / tokens

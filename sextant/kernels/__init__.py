@@ -1,0 +1,1 @@
+"""Primitives that several options share: a readable reference beside each faster path, one public function per job."""

@@ -1,0 +1,147 @@
+"""Attention over a static span, by the fastest path that this device, dtype and layout allow.
+
+* ragged training streams: runs of equal lengths go through scaled-dot-product attention together; long windows are cut
+  into blocks, so that work and memory grow with the window; on a GPU in half precision, the variable-length kernel.
+* decoding states: the queries of one KV head become rows of one product, so grouped heads read their keys once.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from itertools import groupby
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sextant.core.state import Keys
+from sextant.core.stream import Stream
+from sextant.kernels.attention.reference import attend_dense, attend_ragged
+from sextant.kernels.attention.span import Scores, Span
+
+__all__ = ["Scores", "Span", "attend", "attend_dense", "attend_ragged"]
+
+
+def attend(q_THK: Tensor, keys: Keys, stream: Stream, span: Span, scores: Scores) -> Tensor:
+    """Causal attention of every query of the stream over the keys of its own sequence: ``o_THV``."""
+    if keys.positions is not None:
+        return _from_state(q_THK, keys, stream, span, scores)
+    if q_THK.is_cuda and q_THK.dtype in (torch.bfloat16, torch.float16) and not span.sinks and scores.slopes_H is None:
+        return _on_gpu(q_THK, keys, stream, span, scores)
+    pieces, at = [], 0
+    for rows, length in _runs(stream):
+        here = slice(at, at + rows * length)
+        q, k, v = (x[here].unflatten(0, (rows, length)).transpose(1, 2) for x in (q_THK, keys.k, keys.v))
+        pieces.append(_causal(q, k, v, span, scores).transpose(1, 2).flatten(0, 1))
+        at = here.stop
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces) if pieces else keys.v.new_empty(0, *q_THK.shape[1:])
+
+
+def _runs(stream: Stream) -> list[tuple[int, int]]:
+    """Neighbouring sequences of equal length, as (how many, length)."""
+    if stream.rows:
+        return [(stream.rows, stream.positions_T.numel() // stream.rows)]
+    return [(len(list(run)), length) for length, run in groupby(stream.lengths) if length]
+
+
+def _causal(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTV: Tensor, span: Span, scores: Scores) -> Tensor:
+    """Self-attention of a batch of equally long sequences."""
+    length, window = q_BHTK.shape[2], span.window
+    if scores.slopes_H is None and (window is None or window >= length):
+        return _sdpa(q_BHTK, k_BGTK, v_BGTV, scores.scale, causal=True)
+    if window is not None and length >= 2 * window and not span.sinks and scores.slopes_H is None:
+        return _blocked(q_BHTK, k_BGTK, v_BGTV, window, scores.scale)
+    bias = _bias(length, span, scores, q_BHTK)
+    return _sdpa(q_BHTK, k_BGTK, v_BGTV, scores.scale, bias)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None, causal: bool = False) -> Tensor:
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, bias, is_causal=causal, scale=scale, enable_gqa=grouped)
+
+
+def _bias(length: int, span: Span, scores: Scores, like: Tensor) -> Tensor:
+    """What is added to the scores: 0 or minus infinity, and ALiBi's slopes, ``[T, S]`` or ``[H, T, S]``."""
+    position = torch.arange(length, device=like.device)
+    return _bias_at(position, position, span, scores, like)
+
+
+def _bias_at(q_T: Tensor, k_S: Tensor, span: Span, scores: Scores, like: Tensor) -> Tensor:
+    mask = span.visible(q_T, k_S)
+    if scores.slopes_H is None:
+        return mask
+    distance = (q_T[..., :, None] - k_S[..., None, :]).unsqueeze(-3)
+    bias = -scores.slopes_H[:, None, None] * distance
+    return bias.masked_fill(~mask.unsqueeze(-3), -math.inf).to(like.dtype)
+
+
+def _blocked(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTV: Tensor, window: int, scale: float) -> Tensor:
+    """A sliding window as blocks of W queries over their own and the previous block of keys: work 2·W per query."""
+    batch, length = q_BHTK.shape[0], q_BHTK.shape[2]
+    blocks = -(-length // window)
+    q, k, v = (F.pad(x, (0, 0, 0, blocks * window - length)) for x in (q_BHTK, k_BGTK, v_BGTV))
+    q = q.unflatten(2, (blocks, window)).transpose(1, 2).flatten(0, 1)
+    k, v = (_with_previous(x, blocks, window) for x in (k, v))
+    mask = _block_mask(window, blocks, q.device).repeat(batch, 1, 1, 1)
+    o = _sdpa(q, k, v, scale, mask)
+    return o.unflatten(0, (batch, blocks)).transpose(1, 2).flatten(2, 3)[:, :, :length]
+
+
+def _with_previous(x_BGTK: Tensor, blocks: int, window: int) -> Tensor:
+    """``[B * blocks, G, 2W, K]``: each block behind the one before it; the first has zeros there, which are masked."""
+    padded = F.pad(x_BGTK, (0, 0, window, 0))
+    pairs = padded.unfold(2, 2 * window, window).transpose(-1, -2)
+    return pairs.transpose(1, 2).flatten(0, 1)
+
+
+@lru_cache(maxsize=64)
+def _block_mask(window: int, blocks: int, device: torch.device) -> Tensor:
+    """bool ``[blocks, 1, W, 2W]``: key j of a pair lies ``W - j`` before query 0; the first block has no previous."""
+    row, column = torch.arange(window, device=device)[:, None], torch.arange(2 * window, device=device)
+    band = (column > row) & (column <= row + window)
+    first = band & (column >= window)
+    return torch.stack([first] + [band] * (blocks - 1))[:, None]
+
+
+def _on_gpu(q_THK: Tensor, keys: Keys, stream: Stream, span: Span, scores: Scores) -> Tensor:
+    """Half precision on a GPU: the batched kernel for equal rows without a window, else the variable-length one."""
+    if stream.rows and (span.window is None or span.window >= stream.max_len):
+        q, k, v = (x.unflatten(0, (stream.rows, -1)).transpose(1, 2) for x in (q_THK, keys.k, keys.v))
+        return _sdpa(q, k, v, scores.scale, causal=True).transpose(1, 2).flatten(0, 1)
+    from torch.nn.attention.varlen import varlen_attn
+
+    cu, longest = stream.cu_seqlens, stream.max_len
+    left = -1 if span.window is None else span.window - 1
+    return varlen_attn(
+        q_THK, keys.k, keys.v, cu, cu, longest, longest, scale=scores.scale, window_size=(left, 0)
+    )
+
+
+def _from_state(q_THK: Tensor, keys: Keys, stream: Stream, span: Span, scores: Scores) -> Tensor:
+    """Queries of a decoding step or a chunk over buffers ``[B, G, S, K]``."""
+    if stream.rows:
+        return _over_buffers(q_THK, keys, stream.positions_T, stream.rows, span, scores)
+    outputs = []
+    parts = zip(q_THK.split(stream.lengths), stream.positions_T.split(stream.lengths), strict=True)
+    for b, (q, position) in enumerate(parts):
+        one = slice(b, b + 1)
+        assert keys.positions is not None
+        own = Keys(keys.k[one], keys.v[one], keys.positions[one])
+        outputs.append(_over_buffers(q, own, position, 1, span, scores))
+    return torch.cat(outputs)
+
+
+def _over_buffers(q_THK: Tensor, keys: Keys, position_T: Tensor, rows: int, span: Span, scores: Scores) -> Tensor:
+    heads, groups = q_THK.shape[1], keys.k.shape[1]
+    q_BGNTK = q_THK.unflatten(0, (rows, -1)).transpose(1, 2).unflatten(1, (groups, heads // groups))
+    bias = None
+    if not (keys.exact and scores.slopes_H is None):
+        assert keys.positions is not None
+        bias = _bias_at(position_T.unflatten(0, (rows, -1)), keys.positions, span, scores, q_THK)
+        if scores.slopes_H is None:
+            bias = bias[:, None].repeat(1, 1, heads // groups, 1)
+        else:
+            bias = bias.unflatten(1, (groups, heads // groups)).flatten(2, 3)
+    o = _sdpa(q_BGNTK.flatten(2, 3), keys.k, keys.v, scores.scale, bias)
+    return o.unflatten(2, (heads // groups, -1)).flatten(1, 2).transpose(1, 2).flatten(0, 1)

@@ -1,0 +1,56 @@
+"""Products of many small matrices with the rows that belong to each: the work inside a mixture of experts.
+
+Rows lie sorted by expert; ``counts_E`` says how many each has. Empty experts are ordinary: no work, zero gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def grouped_linear_reference(x_ND: Tensor, weight_EDF: Tensor, counts_E: Tensor) -> Tensor:
+    """One product per expert, by autograd: the truth for :func:`grouped_linear`."""
+    rows = x_ND.split(counts_E.tolist())
+    return torch.cat([x @ weight for x, weight in zip(rows, weight_EDF, strict=True)])
+
+
+class _Loop(torch.autograd.Function):
+    """One product per expert into preallocated memory; the fast path on a CPU, where a call costs little."""
+
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, weight_EDF: Tensor, counts_E: Tensor) -> Tensor:
+        ctx.counts = counts_E.tolist()
+        ctx.save_for_backward(x_ND, weight_EDF)
+        y_NF = x_ND.new_empty(x_ND.shape[0], weight_EDF.shape[2])
+        for x, weight, y in zip(x_ND.split(ctx.counts), weight_EDF, y_NF.split(ctx.counts), strict=True):
+            torch.mm(x, weight, out=y)
+        return y_NF
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        x_ND, weight_EDF = ctx.saved_tensors
+        dy_NF = grads[0].contiguous()
+        dx_ND, dweight_EDF = torch.empty_like(x_ND), torch.empty_like(weight_EDF)
+        parts = zip(x_ND.split(ctx.counts), dy_NF.split(ctx.counts), dx_ND.split(ctx.counts), strict=True)
+        for (x, dy, dx), weight, dweight in zip(parts, weight_EDF, dweight_EDF, strict=True):
+            torch.mm(dy, weight.t(), out=dx)
+            torch.mm(x.t(), dy, out=dweight)
+        return dx_ND, dweight_EDF, None
+
+
+def grouped_linear(x_ND: Tensor, weight_EDF: Tensor, counts_E: Tensor) -> Tensor:
+    """Rows of expert e times ``weight_EDF[e]``: ``y_NF``.
+
+    Args:
+        x_ND: rows sorted by expert.
+        weight_EDF: one matrix per expert, cast to the rows' dtype.
+        counts_E: int64, rows of each expert; they sum to N.
+    """
+    weight_EDF = weight_EDF.to(x_ND.dtype)
+    if x_ND.is_cuda and x_ND.dtype == torch.bfloat16:
+        return F.grouped_mm(x_ND, weight_EDF, offs=counts_E.cumsum(0, dtype=torch.int32))
+    return _Loop.apply(x_ND, weight_EDF, counts_E)  # type: ignore[return-value]

@@ -1,0 +1,63 @@
+"""Rules between parts, each refused by name with the reason; rules inside one part live with that part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from sextant.axes.attention import Window
+from sextant.axes.kv import ALiBi
+from sextant.axes.stability import SandwichNorm
+from sextant.core.errors import UsageError
+from sextant.model.spec import Layer, ModelSpec
+
+Problem = tuple[str, str, str]
+"""Path of the field, what is wrong, what to do."""
+
+
+def check(model: ModelSpec, path: str = "model") -> None:
+    """Raise the first broken rule.
+
+    Raises:
+        UsageError: with the path of the field, the reason and the remedy.
+    """
+    for rule in RULES:
+        for where, what, fix in rule(model):
+            raise UsageError(what, where=f"{path}.{where}", fix=fix)
+
+
+def _each_layer(rule: Callable[[Layer, ModelSpec], Iterator[Problem]]) -> Callable[[ModelSpec], Iterator[Problem]]:
+    def over_layers(model: ModelSpec) -> Iterator[Problem]:
+        for index, layer in enumerate(model.layers):
+            for where, what, fix in rule(layer, model):
+                yield f"layers[{index}].{where}", what, fix
+
+    return over_layers
+
+
+@_each_layer
+def sinks_need_order(layer: Layer, model: ModelSpec) -> Iterator[Problem]:
+    """ALiBi's penalty grows with the distance to a sink, so the sink goes dark and the declared span is not the real one."""
+    if isinstance(layer.kv.position, ALiBi) and isinstance(layer.attention, Window) and layer.attention.sinks:
+        yield "attention.sinks", "ALiBi fades attention sinks with distance", "Use rope or nope, or set sinks to 0"
+
+
+@_each_layer
+def window_within_context(layer: Layer, model: ModelSpec) -> Iterator[Problem]:
+    """A window beyond the context is full attention in disguise and would be budgeted as local."""
+    if isinstance(layer.attention, Window) and layer.attention.window > model.context:
+        what = f"window {layer.attention.window} exceeds the context {model.context}"
+        yield "attention.window", what, "Use kind: full, a smaller window or a longer context"
+
+
+@_each_layer
+def zero_gain_keeps_a_path(layer: Layer, model: ModelSpec) -> Iterator[Problem]:
+    """A negative start would begin by subtracting attention; the gain is a start, not a trick."""
+    if isinstance(layer.residual, SandwichNorm) and layer.residual.attention_gain < 0:
+        yield "residual.attention_gain", "the starting gain is negative", "Use 0 (off at start) or 1"
+
+
+RULES: tuple[Callable[[ModelSpec], Iterator[Problem]], ...] = (
+    sinks_need_order,
+    window_within_context,
+    zero_gain_keeps_a_path,
+)

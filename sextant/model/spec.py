@@ -1,0 +1,96 @@
+"""A whole model as one declaration: widths, and one explicit :class:`Layer` per layer, written with pattern helpers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import cycle, islice
+from typing import TYPE_CHECKING, Literal, TypeVar
+
+import torch
+from pydantic import Field
+
+from sextant.axes.attention import AnyPattern, Full
+from sextant.axes.capacity import AnyFeedForward
+from sextant.axes.kv import AnyKV
+from sextant.axes.numerics import FP32, Numerics
+from sextant.axes.stability import AnyInit, AnyNorm, AnyResidual, NormalInit, PreNorm, RMSNorm
+from sextant.core.cost import At, Cost
+from sextant.core.spec import Spec
+from sextant.core.state import StateSpec
+
+if TYPE_CHECKING:
+    from sextant.model.transformer import Transformer
+
+T = TypeVar("T")
+
+
+class Layer(Spec):
+    """One choice on each of the axes 1, 2, 3 (with 4) and 5."""
+
+    attention: AnyPattern = Full()
+    kv: AnyKV
+    feed_forward: AnyFeedForward
+    residual: AnyResidual = PreNorm()
+
+    def state(self) -> StateSpec:
+        """What this layer remembers while decoding."""
+        _, groups, k_dim, v_dim = self.kv.shape
+        return self.attention.state(groups, k_dim, v_dim)
+
+    def cost(self, width: int, at: At) -> Cost:
+        """Of one layer, norms included."""
+        attention = self.kv.cost(width, at) + self.attention.cost(*self.kv.shape, at)
+        return attention + self.feed_forward.cost(width, at) + 2 * self.residual.cost(width, at)
+
+
+class ModelSpec(Spec):
+    """A decoder-only language model.
+
+    Attributes:
+        vocab, width: P and D.
+        context: the longest sequence it is meant for.
+        tied: one matrix for embedding and head.
+        embedding_scale: multiplies embedding rows (Gemma: sqrt(D)).
+        softcap: logits become ``cap * tanh(logits / cap)``.
+    """
+
+    schema_version: Literal[1] = 1
+    name: str
+    vocab: int = Field(ge=2)
+    width: int = Field(ge=1)
+    context: int = Field(ge=1)
+    layers: tuple[Layer, ...] = Field(min_length=1)
+    final_norm: AnyNorm = RMSNorm()
+    tied: bool = False
+    embedding_scale: float = Field(1.0, gt=0)
+    softcap: float | None = Field(None, gt=0)
+    init: AnyInit = NormalInit()
+
+    def build(self, numerics: Numerics | None = None, *, device: torch.device | str = "cpu", seed: int = 0) -> Transformer:
+        """A model with fresh parameters; ``device="meta"`` gives shapes without memory."""
+        from sextant.model.transformer import build
+
+        return build(self, numerics or FP32(), device, seed)
+
+    def states(self) -> list[StateSpec]:
+        """Decoding states, layer by layer."""
+        return [layer.state() for layer in self.layers]
+
+    def cost(self, at: At) -> Cost:
+        """Of the whole model at one operating point; the embedding look-up is free, the head is not."""
+        table = self.vocab * self.width
+        ends = Cost.of_matrix(self.width, self.vocab, at) + self.final_norm.cost(self.width, at)
+        if not self.tied:
+            ends += Cost(table, table)
+        return sum((layer.cost(self.width, at) for layer in self.layers), start=ends)
+
+
+def repeat(pattern: Sequence[T], layers: int) -> list[T]:
+    """A pattern tiled over the depth: ``repeat(5 * [local] + [global_], 78)``."""
+    return list(islice(cycle(pattern), layers))
+
+
+def stack(layers: int, **columns: Spec | Iterable[Spec]) -> tuple[Layer, ...]:
+    """Layers from one column per axis; a single declaration serves every layer."""
+    full = {name: [column] * layers if isinstance(column, Spec) else list(column) for name, column in columns.items()}
+    return tuple(Layer(**dict(zip(full, row, strict=True))) for row in zip(*full.values(), strict=True))  # type: ignore[arg-type]
