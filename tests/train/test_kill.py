@@ -1,0 +1,62 @@
+"""A process may die at any instant of a save: no acknowledged step is lost (faults A1, A2)."""
+
+from collections import Counter
+
+import killpoints
+import pytest
+import torch
+
+from sextant.core import fs
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    torch.set_num_threads(1)  # the victims are forked
+    return killpoints.Sweep(tmp_path_factory.mktemp("kill") / "checkpoints")
+
+
+def faults(outcomes):
+    return [(outcome.at, outcome.faults) for outcome in outcomes if outcome.faults]
+
+
+def test_death_before_every_primitive_step_loses_nothing(sweep):
+    outcomes = [sweep.at_primitive(k) for k in range(len(sweep.operations))]
+    assert len(outcomes) >= 100
+    assert all(outcome.killed for outcome in outcomes)
+    assert {"open", "write", "fsync", "rename", "mkdir", "unlink", "rmdir", "fsync-folder"} == {o.at for o in outcomes}
+    assert faults(outcomes) == []
+    assert sum(outcome.leftovers for outcome in outcomes) > len(outcomes) / 2  # the kills did interrupt something
+
+
+def test_death_at_random_times_loses_nothing(sweep):
+    outcomes = [sweep.at_time(seconds) for seconds in killpoints.random_times(40, sweep.seconds, seed=5)]
+    assert sum(outcome.killed for outcome in outcomes) >= 5
+    assert faults(outcomes) == []
+
+
+def test_death_while_cleaning_up_after_a_death_loses_nothing(sweep):
+    outcomes = [sweep.twice(k, k % 10) for k in range(0, len(sweep.operations), 7)]
+    assert Counter(outcome.killed for outcome in outcomes)[True] == len(outcomes)
+    assert faults(outcomes) == []
+
+
+def test_the_sweep_sees_a_save_that_is_not_atomic(tmp_path, monkeypatch):
+    """Publishing before the files are written is what the sweep must catch."""
+    monkeypatch.setattr(killpoints.checkpoint, "_publish", lambda aside, final: None)
+    monkeypatch.setattr(killpoints.checkpoint, "_write", in_place(killpoints.checkpoint._write))
+    sweep = killpoints.Sweep(tmp_path / "checkpoints")
+    assert any("lost" in fault for k in range(0, 30, 3) for fault in sweep.at_primitive(k).faults)
+
+
+def in_place(write):
+    """A writer that fills the final folder directly, deleting what was there first."""
+
+    def wrong(folder, step, *rest):
+        final = folder.with_name(f"step-{step:08d}")
+        fs.new_folder(final)
+        write(final, step, *rest)
+        for older in folder.parent.glob("step-*"):
+            if older != final:
+                fs.remove_tree_safely(older)
+
+    return wrong
