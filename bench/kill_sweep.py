@@ -100,7 +100,7 @@ def counts(group: list[killpoints.Outcome]) -> dict[str, int]:
     return {
         "points": len(group),
         "killed": sum(outcome.killed for outcome in group),
-        "lost": sum(any("lost" in fault or "loads" in fault for fault in outcome.faults) for outcome in group),
+        "lost": sum(any("lost" in fault for fault in outcome.faults) for outcome in group),
         "faults": sum(bool(outcome.faults) for outcome in group),
         "leftovers_removed": sum(outcome.leftovers for outcome in group),
     }

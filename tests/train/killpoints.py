@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from sextant.core import fs
+from sextant.core.errors import CheckpointError
 from sextant.train import checkpoint
 
 SAVES = 3
@@ -147,21 +148,28 @@ class Sweep:
 
     def inspect(self, at: str, killed: bool) -> Outcome:
         """Resume in place of the dead process: the last acknowledged step must load, leftovers go, saving works."""
+        present = [path.name for path in self.root.iterdir() if path.name.startswith(".")]
+        try:
+            resumed, faults = self._resume(present)
+        except CheckpointError as error:
+            return Outcome(at, killed, self.acknowledged, 0, len(present), (f"everything is lost: {error}",))
+        return Outcome(at, killed, self.acknowledged, resumed, len(present), tuple(faults))
+
+    def _resume(self, present: list[str]) -> tuple[int, list[str]]:
         expected, faults = self.acknowledged, []
         if checkpoint.search(self.root)[0] is None:
-            faults.append("nothing loads before tidying")
-        present = {path.name for path in self.root.iterdir() if path.name.startswith(".")}
+            faults.append("everything is lost before tidying")
         found, lines = checkpoint.newest(self.root)
         if found is None or found.step < expected:
             faults.append(f"step {expected} was acknowledged and is lost")
         elif not _as_saved(found):
-            faults.append(f"step {found.step} holds something else than was saved")
+            faults.append(f"step {found.step} is lost: it holds something else than was saved")
         faults += [f"{name} not reported" for name in present if not _reported(name, lines)]
         self._settle()
         faults += [f"{path.name} left behind" for path in self.root.iterdir() if path.name.startswith(".")]
         if checkpoint.search(self.root)[1]:
             faults.append("a folder that does not load was left behind")
-        return Outcome(at, killed, expected, found.step if found else 0, len(present), tuple(faults))
+        return found.step if found else 0, faults
 
 
 def _victim(root: Path, arm: Arm, acks: tuple[int, int], go: tuple[int, int]) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from sextant.core import fs
+from sextant.train import checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -40,23 +41,18 @@ def test_death_while_cleaning_up_after_a_death_loses_nothing(sweep):
     assert faults(outcomes) == []
 
 
-def test_the_sweep_sees_a_save_that_is_not_atomic(tmp_path, monkeypatch):
-    """Publishing before the files are written is what the sweep must catch."""
-    monkeypatch.setattr(killpoints.checkpoint, "_publish", lambda aside, final: None)
-    monkeypatch.setattr(killpoints.checkpoint, "_write", in_place(killpoints.checkpoint._write))
+def test_the_sweep_sees_a_writer_that_overwrites(tmp_path, monkeypatch):
+    """A save that fills the newest folder in place is what the sweep must catch."""
+    monkeypatch.setattr(checkpoint, "_publish", overwrite)
     sweep = killpoints.Sweep(tmp_path / "checkpoints")
-    assert any("lost" in fault for k in range(0, 30, 3) for fault in sweep.at_primitive(k).faults)
+    assert any("lost" in fault for k in range(12, 30) for fault in sweep.at_primitive(k).faults)
 
 
-def in_place(write):
-    """A writer that fills the final folder directly, deleting what was there first."""
-
-    def wrong(folder, step, *rest):
-        final = folder.with_name(f"step-{step:08d}")
-        fs.new_folder(final)
-        write(final, step, *rest)
-        for older in folder.parent.glob("step-*"):
-            if older != final:
-                fs.remove_tree_safely(older)
-
-    return wrong
+def overwrite(aside, final):
+    """The mistake: delete, then write under the final name, file by file."""
+    for older in final.parent.glob("step-*"):
+        fs.remove_tree_safely(older)
+    fs.make_folder(final)
+    for path in sorted(aside.iterdir()):
+        fs.rename(path, final / path.name)
+    fs.remove_tree_safely(aside)
