@@ -63,16 +63,17 @@ def at_primitives(sweep: killpoints.Sweep, points: int) -> Iterable[killpoints.O
 
 
 def at_times(sweep: killpoints.Sweep, points: int, seed: int) -> Iterable[killpoints.Outcome]:
-    """Random times within one cycle."""
+    """Random times within about one cycle of a process that saves without end."""
     for seconds in killpoints.random_times(points, sweep.seconds, seed):
         yield sweep.at_time(seconds)
 
 
 def at_syscalls(sweep: killpoints.Sweep, points: int) -> Iterable[killpoints.Outcome]:
-    """Every n-th of all system calls of one cycle, with n chosen to give about ``points``."""
+    """System calls spread evenly over all that one cycle makes."""
     calls = [(call, k + 1) for call, count in sorted(sweep.syscalls().items()) for k in range(count)]
-    for call, k in calls[:: max(1, len(calls) // points)][:points]:
-        yield sweep.at_syscall(call, k)
+    points = min(points, len(calls))
+    for point in range(points):
+        yield sweep.at_syscall(*calls[point * len(calls) // points])
 
 
 def summary(

@@ -95,7 +95,7 @@ class Sweep:
         return self.inspect(self.operations[k] if k < len(self.operations) else "end", killed)
 
     def at_time(self, seconds: float) -> Outcome:
-        """Die after a time, wherever the process is."""
+        """Die after a time, wherever the process is: it saves without end."""
         return self.inspect("timer", self.crash(lambda: None, after=seconds))
 
     def twice(self, k: int, second: int) -> Outcome:
@@ -127,7 +127,7 @@ class Sweep:
         acks, go = os.pipe(), os.pipe()
         pid = os.fork()
         if pid == 0:
-            _victim(self.root, arm, acks, go)
+            _victim(self.root, arm, acks, go, endless=after is not None)
         os.close(acks[1])
         os.close(go[0])
         trace = tracer(pid) if tracer else None
@@ -172,13 +172,14 @@ class Sweep:
         return found.step if found else 0, faults
 
 
-def _victim(root: Path, arm: Arm, acks: tuple[int, int], go: tuple[int, int]) -> None:
+def _victim(root: Path, arm: Arm, acks: tuple[int, int], go: tuple[int, int], endless: bool) -> None:
     """The forked process; never returns."""
     code = 1
     try:
         os.read(go[0], 1)
         arm()
-        cycle(root, lambda step: os.write(acks[1], f"{step}\n".encode()) and None)
+        for _ in itertools.count() if endless else range(1):
+            cycle(root, lambda step: os.write(acks[1], f"{step}\n".encode()) and None)
         code = 0
     finally:
         os._exit(code)

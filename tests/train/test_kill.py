@@ -31,7 +31,7 @@ def test_death_before_every_primitive_step_loses_nothing(sweep):
 
 def test_death_at_random_times_loses_nothing(sweep):
     outcomes = [sweep.at_time(seconds) for seconds in killpoints.random_times(40, sweep.seconds, seed=5)]
-    assert sum(outcome.killed for outcome in outcomes) >= 5
+    assert all(outcome.killed for outcome in outcomes)
     assert faults(outcomes) == []
 
 
