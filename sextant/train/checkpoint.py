@@ -164,7 +164,12 @@ def _publish(aside: Path, final: Path) -> None:
         if was.exists():
             fs.remove_tree_safely(was)
         fs.rename(final, was)
-    fs.publish(aside, final)
+    try:
+        fs.publish(aside, final)
+    except BaseException:
+        if was.exists() and not final.exists():
+            fs.rename(was, final)
+        raise
     if was.exists():
         fs.remove_tree_safely(was)
 

@@ -24,7 +24,7 @@ from sextant.core import fs
 from sextant.core.errors import CheckpointError
 from sextant.train import checkpoint
 
-SAVES = 3
+SAVES = 2
 IDENTITY = {"recipe": "kill-points", "threads": 1}
 SYSCALLS = ("openat", "write", "fsync", "close", "rename", "mkdir", "unlink", "rmdir")
 
@@ -38,11 +38,11 @@ def parts(step: int) -> dict[str, dict[str, torch.Tensor]]:
     return {"model": model, "optimizer": {name: weight.square() for name, weight in model.items()}}
 
 
-def cycle(root: Path, acknowledge: Callable[[int], None]) -> None:
+def cycle(root: Path, acknowledge: Callable[[int], None], saves: int = SAVES) -> None:
     """Resume, save some steps with retention, and save the last of them again."""
     found, _ = checkpoint.newest(root)
     first = found.step + 1 if found else 1
-    for step in [*range(first, first + SAVES), first + SAVES - 1]:
+    for step in [*range(first, first + saves), first + saves - 1]:
         checkpoint.save(root, step, parts(step), {"cursor": step}, IDENTITY)
         acknowledge(step)
         checkpoint.retain(root, keep=2)
@@ -165,7 +165,7 @@ class Sweep:
         elif not _as_saved(found):
             faults.append(f"step {found.step} is lost: it holds something else than was saved")
         faults += [f"{name} not reported" for name in present if not _reported(name, lines)]
-        self._settle()
+        cycle(self.root, self._note, saves=1)
         faults += [f"{path.name} left behind" for path in self.root.iterdir() if path.name.startswith(".")]
         if checkpoint.search(self.root)[1]:
             faults.append("a folder that does not load was left behind")

@@ -1,4 +1,4 @@
-"""Run folders: one process at a time, refused before the first step when unusable, logs without torn or double lines."""
+"""Run folders: one process at a time, refused early when unusable, logs without torn or double lines."""
 
 import json
 import os

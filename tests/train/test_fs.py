@@ -130,7 +130,7 @@ def test_the_outermost_guard_words_the_fault(tmp_path, refuse):
 
 
 def test_a_guard_passes_other_faults_on(tmp_path):
-    with pytest.raises(EnvironmentFault, match="^in use$"), fs.guard("writing", tmp_path):
+    with pytest.raises(EnvironmentFault, match=r"^in use$"), fs.guard("writing", tmp_path):
         raise EnvironmentFault("in use")
 
 

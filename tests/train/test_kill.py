@@ -12,8 +12,10 @@ from sextant.train import checkpoint
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory):
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the victims are forked
-    return killpoints.Sweep(tmp_path_factory.mktemp("kill") / "checkpoints")
+    yield killpoints.Sweep(tmp_path_factory.mktemp("kill") / "checkpoints")
+    torch.set_num_threads(threads)
 
 
 def faults(outcomes):
