@@ -1,0 +1,1 @@
+"""Using a model: sampling, text out of tokens, batched decoding."""

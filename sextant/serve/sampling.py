@@ -1,0 +1,142 @@
+"""From logits to tokens: what a caller may ask for, the transforms in their order, and repeatable draws.
+
+Order: fp32 logits, temperature, min-p, top-k, top-p, draw. The number that a draw uses is a hash of (seed, choice,
+position), so that batch neighbours, recomputation and the device change nothing about it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from hashlib import blake2b
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor
+
+from sextant.core.errors import NumericsError
+from sextant.core.spec import Spec
+
+GREEDY_BELOW = 1e-5
+"""Temperatures below this take the largest logit."""
+
+MAX_STOPS, MAX_STOP_CHARACTERS = 16, 256
+
+
+class Sampling(Spec):
+    """How one answer is drawn.
+
+    Attributes:
+        temperature: divides logits; 0 takes the largest logit, ties to the lower id.
+        top_k: only the k likeliest tokens, ties to the lower id; 0 is off.
+        top_p: the fewest likeliest tokens that together reach this probability; 1 is off.
+        min_p: only tokens at least this fraction as likely as the likeliest; 0 is off.
+        max_tokens: new tokens at most; the model's context may end sooner.
+        seed: makes the draws repeatable; None takes a fresh one.
+        stop: the text ends before the first of these strings.
+    """
+
+    temperature: float = Field(1.0, ge=0, le=2)
+    top_k: int = Field(0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    min_p: float = Field(0.0, ge=0, le=1)
+    max_tokens: int = Field(200, ge=1)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stop: tuple[str, ...] = ()
+
+    @field_validator("stop")
+    @classmethod
+    def _few_and_short(cls, stop: tuple[str, ...]) -> tuple[str, ...]:
+        if len(stop) > MAX_STOPS:
+            raise ValueError(f"at most {MAX_STOPS} stop strings, not {len(stop)}")
+        for text in stop:
+            if not text:
+                raise ValueError("a stop string is empty")
+            if len(text) > MAX_STOP_CHARACTERS:
+                raise ValueError(f"a stop string has {len(text)} characters, more than {MAX_STOP_CHARACTERS}")
+        return stop
+
+    @property
+    def greedy(self) -> bool:
+        """No draw at all."""
+        return self.temperature < GREEDY_BELOW
+
+    @property
+    def ranks(self) -> bool:
+        """Some filter needs the tokens in order of likelihood."""
+        return self.top_k > 0 or self.top_p < 1
+
+
+def uniform(seed: int, choice: int, position: int) -> float:
+    """A number in [0, 1) for one draw: the top 53 bits of a hash of its three coordinates.
+
+    Args:
+        seed: of the request.
+        choice: number of the answer, when a request asks for several.
+        position: number of the token within its answer.
+    """
+    name = b"".join(number.to_bytes(8, "little", signed=True) for number in (seed, choice, position))
+    return (int.from_bytes(blake2b(name, digest_size=8).digest(), "little") >> 11) / 2**53
+
+
+def choose(logits_BP: Tensor, samplings: Sequence[Sampling], uniforms: Sequence[float]) -> list[int]:
+    """One token for each row.
+
+    Args:
+        logits_BP: as the model gives them.
+        samplings: what each row asks for.
+        uniforms: the number in [0, 1) that each row draws with; greedy rows ignore theirs.
+
+    Raises:
+        NumericsError: a row without a finite largest logit.
+    """
+    peaks_B, best_B = logits_BP.max(-1)
+    if not all(map(math.isfinite, peaks_B.tolist())):
+        raise NumericsError("logits are not finite", got=peaks_B.tolist(), fix="Check the weights, or use --dtype fp32")
+    tokens = best_B.tolist()
+    drawn = [b for b, sampling in enumerate(samplings) if not sampling.greedy]
+    if drawn:
+        rows_BP = logits_BP if len(drawn) == len(tokens) else logits_BP[drawn]
+        log_weights_BP = transformed(rows_BP, [samplings[b] for b in drawn])
+        for b, token in zip(drawn, draw(log_weights_BP, [uniforms[b] for b in drawn]), strict=True):
+            tokens[b] = token
+    return tokens
+
+
+def transformed(logits_BP: Tensor, samplings: Sequence[Sampling]) -> Tensor:
+    """fp32 logits after temperature and filters, largest 0 in each row, minus infinity where a filter refused."""
+    temperature_B = _column([sampling.temperature for sampling in samplings], logits_BP)
+    scaled_BP = logits_BP.to(torch.promote_types(logits_BP.dtype, torch.float32)) / temperature_B
+    scaled_BP -= scaled_BP.amax(-1, keepdim=True)
+    if any(sampling.min_p for sampling in samplings):
+        floor_B = _column([sampling.min_p for sampling in samplings], scaled_BP).log()
+        scaled_BP = scaled_BP.masked_fill(scaled_BP < floor_B, -math.inf)
+    ranked = [b for b, sampling in enumerate(samplings) if sampling.ranks]
+    if ranked:
+        scaled_BP[ranked] = _likeliest(scaled_BP[ranked], [samplings[b] for b in ranked])
+    return scaled_BP
+
+
+def _likeliest(scaled_BP: Tensor, samplings: Sequence[Sampling]) -> Tensor:
+    """Top-k, then top-p over what top-k left."""
+    vocab = scaled_BP.shape[1]
+    k_B = _column([sampling.top_k or vocab for sampling in samplings], scaled_BP)
+    p_B = _column([sampling.top_p for sampling in samplings], scaled_BP)
+    ordered_BP, order_BP = scaled_BP.sort(dim=-1, descending=True, stable=True)
+    beyond_k_BP = torch.arange(vocab, device=k_B.device) >= k_B
+    probs_BP = ordered_BP.masked_fill(beyond_k_BP, -math.inf).softmax(-1)
+    mass_before_BP = probs_BP.cumsum(-1, dtype=torch.float64) - probs_BP
+    refused_BP = beyond_k_BP | ((mass_before_BP >= p_B) & (p_B < 1))
+    refused_BP[:, 0] = False
+    return scaled_BP.masked_fill(torch.empty_like(refused_BP).scatter_(1, order_BP, refused_BP), -math.inf)
+
+
+def draw(log_weights_BP: Tensor, uniforms: Sequence[float]) -> list[int]:
+    """The token at which the cumulative weight, in order of ids, passes the uniform's share of the total."""
+    cumulative_BP = log_weights_BP.double().exp().cumsum(-1)
+    share_B = torch.tensor(uniforms, dtype=torch.float64, device=log_weights_BP.device)[:, None]
+    return torch.searchsorted(cumulative_BP, share_B * cumulative_BP[:, -1:], right=True)[:, 0].tolist()
+
+
+def _column(values: Sequence[float], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=like.device)[:, None]
