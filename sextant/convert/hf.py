@@ -1,0 +1,392 @@
+"""Models from the transformers ecosystem: a ``config.json`` becomes a :class:`ModelSpec`, its tensors our parameters.
+
+Nothing of transformers is imported. A field of the configuration that changes the function and that we do not have is
+refused by name; a field that nobody here has heard of is refused too, because it might.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from sextant.axes.attention import AnyPattern, Full, Window
+from sextant.axes.capacity import Dense, Experts
+from sextant.axes.capacity.activation import Activation
+from sextant.axes.kv import GQA, AnyScaling, LinearScaling, Llama3Scaling, RoPE, YaRNScaling
+from sextant.axes.routing import Auxiliary, SoftmaxTopK
+from sextant.axes.stability import NormalInit, PreNorm, RMSNorm, SandwichNorm
+from sextant.convert.maps import Link, links
+from sextant.core.errors import CheckpointError, UsageError, nearest
+from sextant.core.spec import explain
+from sextant.model.spec import ModelSpec, stack
+from sextant.model.transformer import Transformer
+
+# --- reading a configuration ----------------------------------------------------------------------------------------
+
+BOOKKEEPING = frozenset({
+    "_attn_implementation_autoset", "_name_or_path", "architectures", "bos_token_id", "cache_implementation",
+    "chunk_size_feed_forward", "dtype", "eos_token_id", "id2label", "is_encoder_decoder", "label2id", "model_type",
+    "output_attentions", "output_hidden_states", "output_router_logits", "pad_token_id", "pretraining_tp",
+    "problem_type", "return_dict", "torch_dtype", "transformers_version", "use_cache",
+})
+"""Fields that say nothing about the function: names, token numbers, what a call returns."""
+
+_NUMBER = (int, float)
+
+
+class Fields:
+    """A configuration that remembers which of its fields were understood; JSON's null counts as absent."""
+
+    def __init__(self, data: Mapping[str, Any], where: str = "config.json"):
+        self.where = where
+        self.left = {name: value for name, value in data.items() if value is not None and name not in BOOKKEEPING}
+
+    def take(self, name: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
+        """The value of a field of this kind, or ``default``; a whole number is not a truth value."""
+        value = self.left.pop(name, default)
+        if value is not None and (not isinstance(value, kind) or isinstance(value, bool) != (kind is bool)):
+            raise self._refused("bad value in a model configuration", name, value, _kind(kind))
+        return value
+
+    def need(self, name: str, kind: type | tuple[type, ...] = int) -> Any:
+        """The value of a field that has no default."""
+        value = self.take(name, kind)
+        if value is None:
+            raise self._refused("a model configuration lacks a field", name, "nothing", _kind(kind))
+        return value
+
+    def choose(self, name: str, options: Mapping[str, Any], default: str) -> Any:
+        """What ``options`` holds for the field's value."""
+        value = self.take(name, str, default)
+        if value not in options:
+            raise self._refused("unsupported field in a model configuration", name, value, " or ".join(options))
+        return options[value]
+
+    def only(self, **neutral: Any) -> None:
+        """Fields whose other values would change the function in a way that we do not have."""
+        for name, value in neutral.items():
+            if (found := self.left.pop(name, value)) != value:
+                raise self._refused("unsupported field in a model configuration", name, found, value)
+
+    def done(self) -> None:
+        """Refuse what nobody asked for."""
+        for name, value in self.left.items():
+            raise self._refused("unknown field in a model configuration", name, value, "no such field")
+
+    def _refused(self, what: str, name: str, got: object, expected: object) -> UsageError:
+        return UsageError(what, where=f"{self.where}: {name}", got=repr(got), expected=expected)
+
+
+def _kind(kind: type | tuple[type, ...]) -> str:
+    return " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
+
+
+# --- rotary codes ---------------------------------------------------------------------------------------------------
+
+
+def _linear(fields: Fields, context: int) -> LinearScaling:
+    return LinearScaling(factor=float(fields.need("factor", _NUMBER)))
+
+
+def _llama3(fields: Fields, context: int) -> Llama3Scaling:
+    return Llama3Scaling(
+        factor=float(fields.need("factor", _NUMBER)),
+        low_factor=float(fields.need("low_freq_factor", _NUMBER)),
+        high_factor=float(fields.need("high_freq_factor", _NUMBER)),
+        original=fields.take("original_max_position_embeddings", int, context),
+    )
+
+
+def _yarn(fields: Fields, context: int) -> YaRNScaling:
+    original = fields.take("original_max_position_embeddings", int, context)
+    mscale, mscale_all_dim = fields.take("mscale", _NUMBER), fields.take("mscale_all_dim", _NUMBER)
+    both = mscale and mscale_all_dim  # transformers heeds neither unless both are given and not 0
+    return YaRNScaling(
+        factor=float(fields.take("factor", _NUMBER, context / original)),
+        original=original,
+        beta_fast=float(fields.take("beta_fast", _NUMBER, 32.0)),
+        beta_slow=float(fields.take("beta_slow", _NUMBER, 1.0)),
+        attention_factor=fields.take("attention_factor", _NUMBER),
+        truncate=fields.take("truncate", bool, True),
+        mscale=float(mscale) if both else 1.0,
+        mscale_all_dim=float(mscale_all_dim) if both else None,
+    )
+
+
+SCALINGS: dict[str, Callable[[Fields, int], AnyScaling] | None] = {
+    "default": None, "linear": _linear, "llama3": _llama3, "yarn": _yarn,
+}
+
+
+def _rope(data: Mapping[str, Any], theta: float, context: int) -> RoPE:
+    """One rotary code from its dictionary; ``type`` is the older name of ``rope_type``."""
+    fields = Fields(data, "config.json: rope_parameters")
+    base = float(fields.take("rope_theta", _NUMBER, theta))
+    kind = fields.take("type", str, "default")
+    scaling = fields.choose("rope_type", SCALINGS, kind)
+    fields.only(partial_rotary_factor=1.0)
+    code = RoPE(base=base, scaling=scaling and scaling(fields, context))
+    fields.done()
+    return code
+
+
+def _one_rope(fields: Fields, context: int, theta: float = 10_000.0) -> RoPE:
+    """The rotary code of all layers: ``rope_parameters``, or ``rope_theta`` and ``rope_scaling`` in older files."""
+    theta = float(fields.take("rope_theta", _NUMBER, theta))
+    older, newer = fields.take("rope_scaling", dict, {}), fields.take("rope_parameters", dict, {})
+    return _rope(older or newer, theta, context)
+
+
+def _ropes_by_type(fields: Fields, context: int) -> dict[str, RoPE]:
+    """Gemma 3's two codes: scaling in an older file concerns the global layers alone."""
+    codes: dict[str, Any] = fields.take("rope_parameters", dict, {})
+    thetas = {
+        "full_attention": float(fields.take("rope_theta", _NUMBER, 1e6)),
+        "sliding_attention": float(fields.take("rope_local_base_freq", _NUMBER, 1e4)),
+    }
+    older = {"full_attention": fields.take("rope_scaling", dict, {})}
+    Fields({name: code for name, code in codes.items() if name not in thetas}, "config.json: rope_parameters").done()
+    given = {kind: {**(codes.get(kind) or {}), **older.get(kind, {})} for kind in thetas}
+    return {kind: _rope(given[kind], theta, context) for kind, theta in thetas.items()}
+
+
+# --- families -------------------------------------------------------------------------------------------------------
+
+ACTIVATIONS: dict[str, Activation] = {"silu": "swiglu", "gelu": "geglu", "gelu_pytorch_tanh": "geglu_tanh"}
+
+
+def _pattern(window: int | None, context: int) -> AnyPattern:
+    """A window as long as the context hides nothing: that is full attention, and budgeted as such."""
+    return Full() if window is None or window >= context else Window(window=window)
+
+
+def _heads(fields: Fields, width: int, position: RoPE, **more: Any) -> GQA:
+    heads = fields.need("num_attention_heads")
+    return GQA(
+        heads=heads,
+        kv_heads=fields.take("num_key_value_heads", int, heads),
+        head_dim=fields.take("head_dim", int, width // heads),
+        position=position,
+        **more,
+    )
+
+
+def _ends(fields: Fields, norm: RMSNorm, width: int, context: int, tied: bool) -> dict[str, Any]:
+    """What every family says alike about the model around its layers."""
+    return {
+        "vocab": fields.need("vocab_size"),
+        "width": width,
+        "context": context,
+        "final_norm": norm,
+        "tied": fields.take("tie_word_embeddings", bool, tied),
+        "init": NormalInit(std=float(fields.take("initializer_range", _NUMBER, 0.02))),
+    }
+
+
+def _norm(fields: Fields, unit_offset: bool = False) -> RMSNorm:
+    return RMSNorm(eps=float(fields.need("rms_norm_eps", float)), unit_offset=unit_offset)
+
+
+def _llama(fields: Fields, name: str) -> ModelSpec:
+    """Llama 1 to 3 and, with a window in every layer, Mistral."""
+    fields.only(attention_bias=False, mlp_bias=False, attention_dropout=0.0)
+    width, context, norm = fields.need("hidden_size"), fields.need("max_position_embeddings"), _norm(fields)
+    layers = stack(
+        fields.need("num_hidden_layers"),
+        attention=_pattern(fields.take("sliding_window", int), context),
+        kv=_heads(fields, width, _one_rope(fields, context)),
+        feed_forward=Dense(
+            hidden=fields.need("intermediate_size"), activation=fields.choose("hidden_act", ACTIVATIONS, "silu")
+        ),
+        residual=PreNorm(norm=norm),
+    )
+    return ModelSpec(name=name, layers=layers, **_ends(fields, norm, width, context, tied=False))
+
+
+def _mixtral(fields: Fields, name: str) -> ModelSpec:
+    """Mistral's block with experts, gates normalised over the chosen."""
+    fields.only(attention_dropout=0.0, router_jitter_noise=0.0)
+    width, context, norm = fields.need("hidden_size"), fields.need("max_position_embeddings"), _norm(fields)
+    depth = fields.need("num_hidden_layers")
+    layers = stack(
+        depth,
+        attention=_pattern(fields.take("sliding_window", int), context),
+        kv=_heads(fields, width, _one_rope(fields, context, theta=1e6)),
+        feed_forward=_experts(fields, depth),
+        residual=PreNorm(norm=norm),
+    )
+    return ModelSpec(name=name, layers=layers, **_ends(fields, norm, width, context, tied=False))
+
+
+def _experts(fields: Fields, layers: int) -> Experts:
+    top_k, coef = fields.need("num_experts_per_tok"), fields.take("router_aux_loss_coef", _NUMBER, 0.001)
+    return Experts(
+        experts=fields.need("num_local_experts"),
+        hidden=fields.need("intermediate_size"),
+        router=SoftmaxTopK(top_k=top_k, normalize=True),
+        activation=fields.choose("hidden_act", ACTIVATIONS, "silu"),
+        balance=(Auxiliary(coef=balance_coef(coef, top_k, layers)),) if coef else (),
+    )
+
+
+def balance_coef(coef: float, top_k: int, layers: int) -> float:
+    """Our coefficient for a ``router_aux_loss_coef``.
+
+    Theirs multiplies ``E sum_e f_e P_e`` with ``f`` that sums to ``top_k`` and with ``f`` and ``P`` pooled over the
+    layers; ours has ``f`` sum to 1 and adds the layers up. The two agree when all layers share one load.
+    """
+    return coef * top_k / layers
+
+
+def _gemma3(fields: Fields, name: str) -> ModelSpec:
+    """Gemma 3's text tower: two windows and rotary codes, norms on both sides with the gain's distance from 1."""
+    fields.only(attention_bias=False, attention_dropout=0.0)
+    fields.only(attn_logit_softcapping=None, use_bidirectional_attention=False)
+    width, context = fields.need("hidden_size"), fields.need("max_position_embeddings")
+    norm, scale = _norm(fields, unit_offset=True), fields.need("query_pre_attn_scalar", _NUMBER) ** -0.5
+    kinds = _layer_types(fields, fields.need("num_hidden_layers"))
+    ropes, local = _ropes_by_type(fields, context), _pattern(fields.need("sliding_window"), context)
+    kv = _heads(fields, width, ropes["full_attention"], qk_norm=norm, scale=scale)
+    layers = stack(
+        len(kinds),
+        attention=[local if kind == "sliding_attention" else Full() for kind in kinds],
+        kv=[kv.replace(position=ropes[kind]) for kind in kinds],
+        feed_forward=Dense(
+            hidden=fields.need("intermediate_size"),
+            activation=fields.choose("hidden_activation", ACTIVATIONS, "gelu_pytorch_tanh"),
+        ),
+        residual=SandwichNorm(norm=norm),
+    )
+    softcap = fields.take("final_logit_softcapping", _NUMBER)
+    ends = _ends(fields, norm, width, context, tied=True)
+    return ModelSpec(name=name, layers=layers, embedding_scale=math.sqrt(width), softcap=softcap, **ends)
+
+
+def _layer_types(fields: Fields, layers: int) -> list[str]:
+    """The kind of each layer, given or by period: every ``sliding_window_pattern``-th layer is global."""
+    period = fields.take("_sliding_window_pattern", int, fields.take("sliding_window_pattern", int, 6))
+    by_period = ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(layers)]
+    kinds = fields.take("layer_types", list, by_period)
+    if len(kinds) != layers or set(kinds) - {"sliding_attention", "full_attention"}:
+        raise UsageError(
+            "unsupported field in a model configuration",
+            where="config.json: layer_types",
+            got=f"{len(kinds)} of {', '.join(sorted(set(kinds)))}",
+            expected=f"{layers} of sliding_attention or full_attention",
+        )
+    return kinds
+
+
+READERS: dict[str, Callable[[Fields, str], ModelSpec]] = {
+    "llama": _llama, "mistral": _llama, "mixtral": _mixtral, "gemma3_text": _gemma3,
+}
+"""``model_type`` -> how its configuration is read."""
+
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {"rms_norm_eps": 1e-6},
+    "mistral": {"rms_norm_eps": 1e-6, "num_key_value_heads": 8, "sliding_window": 4096},
+    "mixtral": {"rms_norm_eps": 1e-5, "num_key_value_heads": 8},
+    "gemma3_text": {
+        "vocab_size": 262_208, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
+        "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-6, "max_position_embeddings": 131_072,
+    },
+}
+"""What published files leave out because transformers fills it in; a null in the file is not left out."""
+
+
+def spec_from_hf(config: Mapping[str, Any], name: str | None = None) -> ModelSpec:
+    """The declaration of the model that a ``config.json`` describes.
+
+    Args:
+        config: its contents, of any transformers 4 or 5.
+        name: of the model; by default the name it was saved under, or its family.
+
+    Raises:
+        UsageError: unknown ``model_type``, or a field that is missing, unknown or unsupported, by name.
+    """
+    family = str(config.get("model_type"))
+    if family not in READERS:
+        fix = "Pass its text_config" if "text_config" in config else nearest(family, READERS)
+        raise UsageError("unsupported model_type", where="config.json: model_type", got=repr(family), fix=fix)
+    fields = Fields({**DEFAULTS[family], **config})
+    try:
+        spec = READERS[family](fields, name or config.get("_name_or_path") or family)
+    except ValidationError as error:
+        raise explain(error, {}, "config.json:") from None
+    fields.done()
+    return spec
+
+
+# --- tensors --------------------------------------------------------------------------------------------------------
+
+LEFTOVERS = (".rotary_emb.inv_freq",)
+"""Endings of tensors in old files that hold no parameter."""
+
+
+@torch.no_grad()
+def import_weights(model: Transformer, tensors: Mapping[str, Tensor], family: str) -> None:
+    """Fill a model from tensors under their names on disk, in any floating dtype; all or nothing.
+
+    Args:
+        model: with memory; parameters keep their dtype and device.
+        tensors: every tensor of the checkpoint; may load lazily, each is asked for more than once.
+        family: a key of :data:`~sextant.convert.maps.FAMILIES`, the checkpoint's ``model_type``.
+
+    Raises:
+        CheckpointError: missing, unexpected or mis-shaped tensors; the first five are named, and nothing was changed.
+        UsageError: unknown family, or a model that is not of this family or has no memory.
+    """
+    parameters = dict(model.named_parameters())
+    if any(parameter.is_meta for parameter in parameters.values()):
+        raise UsageError("cannot import into a model without memory", got="device meta", fix="Build it on cpu")
+    plan = list(links(family, {name: parameter.shape for name, parameter in parameters.items()}))
+    problems = list(_problems(plan, tensors))
+    if problems:
+        what = f"{len(problems)} tensors do not fit this {family} model"
+        raise CheckpointError(what, where="; ".join(problems[:5]), fix="Use the config.json that came with the tensors")
+    for link in plan:
+        parameters[link.ours].copy_(link.join(tensors))
+
+
+def _problems(plan: list[Link], tensors: Mapping[str, Tensor]) -> Iterator[str]:
+    expected = {name: shape for link in plan for name, shape in link.shapes.items()}
+    for name, shape in expected.items():
+        if name not in tensors:
+            yield f"{name} got nothing, expected {list(shape)}"
+        elif tensors[name].shape != shape:
+            yield f"{name} got {list(tensors[name].shape)}, expected {list(shape)}"
+        elif not tensors[name].is_floating_point():
+            yield f"{name} got {tensors[name].dtype}, expected a floating dtype"
+    for name in tensors:
+        if name not in expected and not name.endswith(LEFTOVERS) and not _repeats_embedding(name, tensors):
+            yield f"{name} got {list(tensors[name].shape)}, expected nothing"
+
+
+def _repeats_embedding(name: str, tensors: Mapping[str, Tensor]) -> bool:
+    """Some files of tied models hold the one matrix twice; two that differ are not tied."""
+    embedding = tensors.get("model.embed_tokens.weight")
+    return name == "lm_head.weight" and embedding is not None and torch.equal(tensors[name], embedding)
+
+
+def export_weights(model: Transformer, family: str) -> dict[str, Tensor]:
+    """The parameters under the family's names on disk, contiguous; tensors that need no move share the model's memory.
+
+    Raises:
+        UsageError: unknown family, or a model that is not of this family.
+    """
+    return to_disk({name: parameter.detach() for name, parameter in model.named_parameters()}, family)
+
+
+def to_disk(tensors: Mapping[str, Tensor], family: str) -> dict[str, Tensor]:
+    """Anything that has one tensor per parameter (weights, gradients, averages) under the family's names on disk.
+
+    Raises:
+        UsageError: as :func:`export_weights`.
+    """
+    plan = links(family, {name: tensor.shape for name, tensor in tensors.items()})
+    return {name: part.contiguous() for link in plan for name, part in link.split(tensors[link.ours]).items()}
