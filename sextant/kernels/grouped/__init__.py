@@ -42,6 +42,11 @@ class _Loop(torch.autograd.Function):
         return dx_ND, dweight_EDF, None
 
 
+def row_tile(x: Tensor) -> int:
+    """Rows per expert should be a multiple of this: half-precision CPU products are compiled for each new shape."""
+    return 32 if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) else 1
+
+
 def grouped_linear(x_ND: Tensor, weight_EDF: Tensor, counts_E: Tensor) -> Tensor:
     """Rows of expert e times ``weight_EDF[e]``: ``y_NF``.
 

@@ -27,7 +27,9 @@ class _SummedLoss(torch.autograd.Function):
     """The gradient of a sum of cross-entropies is known once the logits are, so forward computes both."""
 
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, head_PD: Tensor, targets_T: Tensor, chunk: int) -> Tensor:
+    def forward(
+        ctx: Any, x_TD: Tensor, head_PD: Tensor, targets_T: Tensor, softcap: float | None, chunk: int
+    ) -> Tensor:
         weight_PD = head_PD.to(x_TD.dtype)
         dtype = torch.promote_types(x_TD.dtype, torch.float32)
         loss = x_TD.new_zeros((), dtype=dtype)
@@ -35,25 +37,34 @@ class _SummedLoss(torch.autograd.Function):
         dhead_PD = torch.zeros_like(head_PD)
         for x, target, dx in zip(x_TD.split(chunk), targets_T.split(chunk), dx_TD.split(chunk), strict=True):
             logits = F.linear(x, weight_PD).to(dtype)
-            kept = target != IGNORE
+            squashed = None if softcap is None else torch.tanh(logits / softcap)
+            if squashed is not None and softcap is not None:
+                logits = softcap * squashed
             picked = target.clamp_min(0)[:, None]
-            lse = logits.logsumexp(-1, keepdim=True)
-            loss += ((lse - logits.gather(1, picked))[:, 0] * kept).sum()
-            grad = logits.sub_(lse).exp_()
-            grad.scatter_add_(1, picked, grad.new_full(picked.shape, -1.0))
-            grad = (grad * kept[:, None]).to(x.dtype)
+            ignored = (target == IGNORE).nonzero()[:, 0]
+            top = logits.amax(-1, keepdim=True)
+            right = logits.gather(1, picked)
+            grad = logits.softmax(-1)
+            lse = top - grad.amax(-1, keepdim=True).log()
+            loss += (lse - right).index_fill_(0, ignored, 0).sum()
+            grad.scatter_add_(1, picked, grad.new_full(picked.shape, -1.0)).index_fill_(0, ignored, 0)
+            if squashed is not None:
+                grad *= 1 - squashed.square()
+            grad = grad.to(x.dtype)
             torch.mm(grad, weight_PD, out=dx)
             dhead_PD += grad.t() @ x
         ctx.save_for_backward(dx_TD, dhead_PD)
         return loss
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         dx_TD, dhead_PD = ctx.saved_tensors
-        return dx_TD * grads[0].to(dx_TD.dtype), dhead_PD * grads[0].to(dhead_PD.dtype), None, None
+        return dx_TD * grads[0].to(dx_TD.dtype), dhead_PD * grads[0].to(dhead_PD.dtype), None, None, None
 
 
-def summed_loss(x_TD: Tensor, head_PD: Tensor, targets_T: Tensor, chunk: int = CHUNK) -> Tensor:
+def summed_loss(
+    x_TD: Tensor, head_PD: Tensor, targets_T: Tensor, softcap: float | None = None, chunk: int = CHUNK
+) -> Tensor:
     """Sum over tokens of the cross-entropy in nats (fp32 scalar): divide by the global token count outside.
 
     Args:
@@ -61,4 +72,4 @@ def summed_loss(x_TD: Tensor, head_PD: Tensor, targets_T: Tensor, chunk: int = C
         head_PD: output matrix, fp32 master; its gradient is accumulated over chunks in its own dtype.
         targets_T: int64; :data:`IGNORE` counts nothing.
     """
-    return _SummedLoss.apply(x_TD, head_PD, targets_T, chunk)  # type: ignore[return-value]
+    return _SummedLoss.apply(x_TD, head_PD, targets_T, softcap, chunk)  # type: ignore[return-value]

@@ -11,62 +11,83 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Plan:
-    """Where each of N = T·A token copies goes.
+    """Where each of N = T·A token copies goes among the experts' rows.
+
+    Rows lie sorted by expert, in token order inside an expert. With a ``tile`` above 1 each expert's share is filled up
+    to a multiple of it with rows of zeros, which products leave zero: a few row counts instead of a new one each step.
 
     Attributes:
-        order_N: copy numbers (``t * A + a``) sorted by expert, in token order inside an expert.
-        inverse_N: the row at which each copy lies.
-        counts_E: int64, copies per expert; they sum to N.
+        source_N: the copy (``t * A + a``) that each row holds; any copy for a row of zeros.
+        row_N: the row at which each copy lies.
+        counts_E: int64, rows per expert, rows of zeros included.
+        zeros: numbers of the rows of zeros; None without a tile.
     """
 
-    order_N: Tensor
-    inverse_N: Tensor
+    source_N: Tensor
+    row_N: Tensor
     counts_E: Tensor
+    zeros: Tensor | None = None
 
 
-def plan(experts_TA: Tensor, experts: int) -> Plan:
+def plan(experts_TA: Tensor, experts: int, tile: int = 1) -> Plan:
     """Sort token copies by expert, stably."""
     flat_N = experts_TA.flatten()
     order_N = torch.argsort(flat_N, stable=True)
-    inverse_N = torch.empty_like(order_N)
-    inverse_N[order_N] = torch.arange(order_N.numel(), device=order_N.device)
-    return Plan(order_N, inverse_N, torch.bincount(flat_N, minlength=experts))
+    counts_E = torch.bincount(flat_N, minlength=experts)
+    rank_N = torch.arange(order_N.numel(), device=order_N.device)
+    row_N = torch.empty_like(order_N)
+    if tile == 1:
+        row_N[order_N] = rank_N
+        return Plan(order_N, row_N, counts_E)
+    tiled_E = (counts_E + tile - 1).div(tile, rounding_mode="floor") * tile
+    shift_E = (tiled_E - counts_E).cumsum(0) - (tiled_E - counts_E)
+    row_N[order_N] = rank_N + shift_E[flat_N[order_N]]
+    source_N = torch.full((int(tiled_E.sum()),), -1, dtype=order_N.dtype, device=order_N.device)
+    source_N[row_N] = rank_N
+    return Plan(source_N.clamp_min(0), row_N, tiled_E, (source_N < 0).nonzero()[:, 0])
 
 
 class _Dispatch(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, order_N: Tensor, inverse_N: Tensor, copies: int) -> Tensor:
-        ctx.copies = copies
-        ctx.save_for_backward(inverse_N)
-        return x_TD.index_select(0, order_N // copies)
+    def forward(ctx: Any, x_TD: Tensor, where: Plan, copies: int) -> Tensor:
+        ctx.where, ctx.copies = where, copies
+        return _rows(x_TD, where, copies)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        (inverse_N,) = ctx.saved_tensors
-        return grads[0].index_select(0, inverse_N).unflatten(0, (-1, ctx.copies)).sum(1), None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        copies_TAD = grads[0].index_select(0, ctx.where.row_N).unflatten(0, (-1, ctx.copies))
+        return copies_TAD.sum(1), None, None
 
 
 class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y_ND: Tensor, gates_TA: Tensor, order_N: Tensor, inverse_N: Tensor) -> Tensor:
-        ctx.save_for_backward(y_ND, gates_TA, order_N, inverse_N)
-        y_TAD = y_ND.index_select(0, inverse_N).unflatten(0, gates_TA.shape)
-        return torch.einsum("tad,ta->td", y_TAD.to(gates_TA.dtype), gates_TA)
+    def forward(ctx: Any, y_ND: Tensor, gates_TA: Tensor, where: Plan) -> Tensor:
+        ctx.where = where
+        ctx.save_for_backward(y_ND, gates_TA)
+        y_TAD = y_ND.index_select(0, where.row_N).unflatten(0, gates_TA.shape)
+        return torch.linalg.vecdot(y_TAD.to(gates_TA.dtype), gates_TA[..., None], dim=1)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        y_ND, gates_TA, order_N, inverse_N = ctx.saved_tensors
-        rows_ND = grads[0].index_select(0, order_N // gates_TA.shape[1])
-        dgates_N = torch.linalg.vecdot(rows_ND, y_ND.to(rows_ND.dtype))
-        dy_ND = rows_ND * gates_TA.flatten().index_select(0, order_N)[:, None]
-        return dy_ND.to(y_ND.dtype), dgates_N.index_select(0, inverse_N).view_as(gates_TA), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        y_ND, gates_TA = ctx.saved_tensors
+        where: Plan = ctx.where
+        y_TAD = y_ND.index_select(0, where.row_N).unflatten(0, gates_TA.shape)
+        dgates_TA = torch.linalg.vecdot(y_TAD.to(grads[0].dtype), grads[0][:, None])
+        dy_ND = _rows(grads[0], where, gates_TA.shape[1])
+        dy_ND.mul_(gates_TA.flatten().index_select(0, where.source_N)[:, None])
+        return dy_ND.to(y_ND.dtype), dgates_TA, None
 
 
-def dispatch(x_TD: Tensor, plan: Plan, copies: int) -> Tensor:
-    """Rows of the experts, ``[N, D]``: every token once for each expert it goes to."""
-    return _Dispatch.apply(x_TD, plan.order_N, plan.inverse_N, copies)  # type: ignore[return-value]
+def _rows(x_TD: Tensor, where: Plan, copies: int) -> Tensor:
+    rows_ND = x_TD.index_select(0, where.source_N // copies)
+    return rows_ND if where.zeros is None else rows_ND.index_fill_(0, where.zeros, 0)
 
 
-def combine(y_ND: Tensor, gates_TA: Tensor, plan: Plan) -> Tensor:
+def dispatch(x_TD: Tensor, where: Plan, copies: int) -> Tensor:
+    """Rows of the experts, ``[N, D]``: every token once for each of the ``copies`` = A experts it goes to."""
+    return _Dispatch.apply(x_TD, where, copies)  # type: ignore[return-value]
+
+
+def combine(y_ND: Tensor, gates_TA: Tensor, where: Plan) -> Tensor:
     """``out_t = sum_a gates_ta * y_(t,a)`` in the gates' dtype (fp32), in the order of the gates."""
-    return _Combine.apply(y_ND, gates_TA, plan.order_N, plan.inverse_N)  # type: ignore[return-value]
+    return _Combine.apply(y_ND, gates_TA, where)  # type: ignore[return-value]

@@ -1,0 +1,1 @@
+"""What a declaration will cost before it runs."""

@@ -1,0 +1,96 @@
+"""``sextant train``: the main job. A recipe or a run file in, a run folder out; the same command goes on after a stop."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer()
+
+
+@app.command()
+def train(
+    what: Annotated[str, typer.Argument(metavar="RECIPE_OR_RUN", help="A recipe's name, or a run file (YAML).")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Run folder; default runs/NAME.")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="path=value, as often as needed.")] = None,
+    size: Annotated[str, typer.Option(help="twin (two CPU cores) or paper.")] = "twin",
+    steps: Annotated[str | None, typer.Option(help="Optimiser steps.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    seq_len: Annotated[str | None, typer.Option(help="Tokens per sequence, such as 512 or 8k.")] = None,
+    batch_size: Annotated[str | None, typer.Option(help="Sequences per step.")] = None,
+    data: Annotated[str | None, typer.Option(help="A folder made by `sextant data prepare`.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of weights, data order and dropout.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="fp32 or bf16.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 or auto.")] = "auto",
+    print_config: Annotated[bool, typer.Option(help="Print every setting and where it comes from, then stop.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Check everything, build on the meta device, then stop.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only errors and the result.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="The result as one JSON object.")] = False,
+) -> None:
+    """Train a recipe's twin or a run file; Ctrl-C saves, and the same command goes on."""
+    from sextant.cli.runs import resolve
+
+    flags = {
+        "steps": steps, "optimiser.lr": lr, "data.seq_len": seq_len, "batch.rows": batch_size, "data.source": data,
+        "seed": seed, "numerics.kind": dtype,
+    }
+    chosen = [f"{path}={value}" for path, value in flags.items() if value is not None]
+    run, origins = resolve(what, size, [*chosen, *(settings or [])])
+    if print_config:
+        for path, value in run.leaves().items():
+            typer.echo(f"{path} = {value}    # {origins[path]}")
+        return
+    if dry_run:
+        _dry_run(run)
+        return
+    result = run_training(run, out, device, quiet)
+    _print_result(run, result, as_json)
+
+
+def run_training(run, out: Path | None, device: str, quiet: bool = False):  # type: ignore[no-untyped-def]
+    """Train in the run's folder and draw its plots, also when stopped early."""
+    from sextant.cli.runs import pick_device
+    from sextant.serve.generate import sampler
+    from sextant.train.folder import RunFolder
+    from sextant.train.loop import Trainer, run_name, to_stderr
+    from sextant.train.plots import draw
+
+    say = (lambda line: None) if quiet else to_stderr
+    chosen = pick_device(device)
+    with RunFolder(run_name(run, out)) as folder:
+        for note in folder.notes:
+            say(note)
+        folder.write_command(sys.argv)
+        trainer = Trainer(run, folder, chosen, say, sampler)
+        say(f"{run.name} in {folder.path} on {chosen}, {trainer.parameters()}")
+        try:
+            result = trainer.fit()
+        finally:
+            draw(folder.path)
+        say(f"next: sextant generate {folder.path} --prompt '{run.prompt}'")
+        return result
+
+
+def _dry_run(run) -> None:  # type: ignore[no-untyped-def]
+    from sextant.core import units
+    from sextant.core.cost import At
+    from sextant.train.run import check_run
+
+    check_run(run)
+    run.model.build(run.numerics, device="meta")
+    cost = run.model.cost(At(run.data.seq_len, run.numerics.itemsize))
+    tokens = run.batch.rows * run.data.seq_len
+    typer.echo(f"{run.name}: {units.count(cost.params)} parameters, {units.count(cost.active_params)} active")
+    typer.echo(f"{run.steps} steps of {units.count(tokens)} tokens, {units.count(3 * cost.flops * tokens)} FLOPs each")
+
+
+def _print_result(run, result, as_json: bool) -> None:  # type: ignore[no-untyped-def]
+    import json
+
+    if as_json:
+        typer.echo(json.dumps({"name": run.name, "steps": run.steps, "loss": result.loss, "bpb": result.bpb}))
+    else:
+        typer.echo(f"{run.name}: {result.bpb:.4f} bits per byte on {result.tokens:,} held-out tokens")

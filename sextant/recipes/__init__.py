@@ -1,0 +1,55 @@
+"""Published systems as working recipes; nothing else in the project knows a system's name."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from sextant.core.errors import UsageError, nearest
+from sextant.recipes import gemma_3, llama_3_8b, mai_base_1, mistral_7b, mixtral_8x7b, nano
+from sextant.recipes.base import Recipe
+from sextant.train.run import Run
+
+__all__ = ["RECIPES", "Recipe", "Run", "get", "names"]
+
+_MAI = "MAI-Thinking-1 report, June 2026"
+
+RECIPES: tuple[Recipe, ...] = (
+    Recipe("nano", "the smallest: windows and one full layer", "ours", nano.nano, nano.nano),
+    Recipe("dense-150m", "dense control for one GPU", "ours", nano.dense_150m, nano.dense_150m),
+    Recipe("moe-400m-a100m", "MAI-Base-1's choices for one GPU", "ours", nano.moe_400m, nano.moe_400m),
+    Recipe(
+        "mai-base-1", "5 local : 1 global, LatentMoE 8 of 512, attention off at start", _MAI, mai_base_1.paper,
+        mai_base_1.twin,
+    ),
+    *(
+        Recipe(
+            f"mai-base-1-l{depth}", f"its depth ladder at {depth} layers", _MAI, partial(mai_base_1.ladder, depth),
+            partial(mai_base_1.twin_at, depth),
+        )
+        for depth in mai_base_1.DEPTHS[:-1]
+    ),
+    Recipe("mistral-7b", "sliding window of 4,096 in every layer", "2310.06825", mistral_7b.paper, mistral_7b.twin),
+    Recipe("mixtral-8x7b", "8 experts, 2 met", "2401.04088", mixtral_8x7b.paper, mixtral_8x7b.twin),
+    Recipe("gemma-3-1b", "5 local : 1 global, dual rotary base", "2503.19786", gemma_3.paper_1b, gemma_3.twin),
+    Recipe("gemma-3-4b", "5 local : 1 global, dual rotary base", "2503.19786", gemma_3.paper_4b, gemma_3.twin),
+    Recipe("gemma-3-12b", "5 local : 1 global, dual rotary base", "2503.19786", gemma_3.paper_12b, gemma_3.twin),
+    Recipe("gemma-3-27b", "5 local : 1 global, dual rotary base", "2503.19786", gemma_3.paper_27b, gemma_3.twin),
+    Recipe("llama-3-8b", "the dense control: full attention", "2407.21783", llama_3_8b.paper, llama_3_8b.twin),
+)
+
+
+def names() -> list[str]:
+    """Names of all recipes."""
+    return [recipe.name for recipe in RECIPES]
+
+
+def get(name: str) -> Recipe:
+    """The recipe with this name.
+
+    Raises:
+        UsageError: no such recipe; the nearest name is offered.
+    """
+    for recipe in RECIPES:
+        if recipe.name == name:
+            return recipe
+    raise UsageError("no such recipe", got=name, fix=nearest(name, names()))

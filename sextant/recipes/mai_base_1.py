@@ -1,0 +1,107 @@
+"""MAI-Base-1 (Microsoft AI, "MAI-Thinking-1: Building a Hill-Climbing Machine", June 2026).
+
+Five local layers to one global, positions by rotation in the local ones only, grouped heads with QK-norm, a dense
+feed-forward and a LatentMoE in turn, norms on both sides of every sublayer, and attention that starts switched off.
+One knob, the depth, gives the whole ladder. FP8 is not in this version: the paper's products run in bf16 here.
+"""
+
+from __future__ import annotations
+
+from sextant.axes.attention import Full, Window
+from sextant.axes.capacity import Dense, LatentExperts
+from sextant.axes.kv import GQA, NoPE, RoPE
+from sextant.axes.kv.position import AnyPosition
+from sextant.axes.routing import Auxiliary, SoftmaxTopK
+from sextant.axes.stability import RMSNorm, SandwichNorm
+from sextant.model.spec import Layer, ModelSpec, repeat, stack
+from sextant.recipes.base import paper_run, twin_run
+from sextant.train.optim import AdamW, Decay
+from sextant.train.run import Batch, Run
+from sextant.train.schedule import Cosine
+
+DEPTHS = range(12, 79, 6)
+PERIOD = 6
+DECAY = Decay(default=0.1, attention=0.01, embedding=0.005)
+
+
+def layers(
+    depth: int, *, heads: int, kv_heads: int, head_dim: int, window: int, dense: int, experts: int, top_k: int,
+    latent: int, hidden: int, dropout: float, attention_gain: float = 0.0,
+) -> tuple[Layer, ...]:
+    """The layer pattern at any size: every sixth layer global, every second one a LatentMoE."""
+
+    def kv(position: AnyPosition) -> GQA:
+        return GQA(heads=heads, kv_heads=kv_heads, head_dim=head_dim, position=position, qk_norm=RMSNorm())
+
+    moe = LatentExperts(
+        experts=experts, hidden=hidden, latent=latent, router=SoftmaxTopK(top_k=top_k),
+        balance=(Auxiliary(coef=1e-2, scope="global_batch"),),
+    )
+    local, local_kv, global_kv = Window(window=window), kv(RoPE(base=10_000.0)), kv(NoPE())
+    return stack(
+        depth,
+        attention=repeat((PERIOD - 1) * [local] + [Full()], depth),
+        kv=repeat((PERIOD - 1) * [local_kv] + [global_kv], depth),
+        feed_forward=repeat([Dense(hidden=dense), moe], depth),
+        residual=SandwichNorm(dropout=dropout, attention_gain=attention_gain),
+    )
+
+
+def _nearest(value: float, unit: int) -> int:
+    return unit * round(value / unit)
+
+
+def ladder(depth: int) -> Run:
+    """A rung of the depth ladder: everything follows from L, a multiple of 6.
+
+    D = 256 L / 3, heads near L in eights, F = D, latent D / 2 and experts 3/2 of that, both rounded to 1,024 where
+    they are that large; head width 128, 8 KV heads, 512 experts of which 8 are met.
+    """
+    width = 256 * depth // 3
+    unit = 1024 if width >= 2048 else 128
+    latent, hidden = _nearest(width / 2, unit), _nearest(width * 3 / 4, unit)
+    name = "mai-base-1" if depth == DEPTHS[-1] else f"mai-base-1-l{depth}"
+    model = ModelSpec(
+        name=name, vocab=200_019, width=width, context=16_384, tied=True,
+        layers=layers(
+            depth, heads=8 * round(depth / 8), kv_heads=8, head_dim=128, window=512, dense=width, experts=512, top_k=8,
+            latent=latent, hidden=hidden, dropout=0.15,
+        ),
+    )
+    optimiser = AdamW(lr=2e-4, betas=(0.95, 0.925), decay=DECAY)
+    return paper_run(model, 16_384, optimiser, Cosine(warmup=90), Batch(rows=8192, micro_rows=1), steps=223_517)
+
+
+def paper() -> Run:
+    """78 layers: 962 B parameters, 34.7 B active."""
+    return ladder(DEPTHS[-1])
+
+
+def twin() -> Run:
+    """Six layers, one of them global, three of them LatentMoE: 1.9 M parameters, 1.1 M active.
+
+    Dropout is off: the twin sees its small corpus about once, where dropout only slows it.
+    """
+    model = ModelSpec(
+        name="mai-base-1-twin", vocab=4096, width=128, context=512, tied=True,
+        layers=layers(
+            6, heads=4, kv_heads=2, head_dim=32, window=32, dense=128, experts=16, top_k=2, latent=64, hidden=96,
+            dropout=0.0,
+        ),
+    )
+    run = twin_run(model)
+    return run.replace(optimiser=AdamW(lr=4e-3, betas=(0.95, 0.925), decay=DECAY))
+
+
+
+def twin_at(depth: int) -> Run:
+    """A rung of the CPU ladder: D = 64 L / 3, heads of 32."""
+    width = 64 * depth // 3
+    model = ModelSpec(
+        name=f"mai-base-1-l{depth}-twin", vocab=4096, width=width, context=512, tied=True,
+        layers=layers(
+            depth, heads=width // 32, kv_heads=2, head_dim=32, window=32, dense=width, experts=16, top_k=2,
+            latent=width // 2, hidden=3 * width // 4, dropout=0.0,
+        ),
+    )
+    return twin().replace(name=model.name, model=model)

@@ -1,0 +1,289 @@
+"""The training loop: take a batch, sum its loss, step, report, look, save. Reads downward from :meth:`Trainer.fit`."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+import torch
+from torch import Tensor
+
+from sextant.core import units
+from sextant.core.cost import At
+from sextant.core.errors import NumericsError, Stopped
+from sextant.data.loader import Batch, Loader, heldout
+from sextant.data.prepare import opened
+from sextant.kernels.loss import IGNORE
+from sextant.model.transformer import Transformer
+from sextant.train import checkpoint
+from sextant.train.evaluate import HeldOut, evaluate
+from sextant.train.folder import RunFolder
+from sextant.train.loss import Balance, micro_loss
+from sextant.train.rng import random_states, restore_random_states
+from sextant.train.run import Run, changes, check_run, check_vocab
+from sextant.train.status import Clock, StepReport, memory_in_use
+from sextant.train.watch import SpikeWatch, first_non_finite, non_finite_gradients
+
+Say = Callable[[str], None]
+Sampler = Callable[[Transformer, str], str]
+
+
+def to_stderr(line: str) -> None:
+    """Progress goes to stderr; stdout is for results."""
+    print(line, file=sys.stderr, flush=True)
+
+
+class Trainer:
+    """One run in one folder: starts it, or goes on where its newest sound checkpoint left off."""
+
+    def __init__(
+        self, run: Run, folder: RunFolder, device: torch.device | str = "cpu", say: Say = to_stderr,
+        sampler: Sampler | None = None,
+    ):
+        check_run(run)
+        self.run, self.folder, self.say, self.sampler = run, folder, say, sampler
+        self.device = torch.device(device)
+        self.train_shards, self.heldout_shards, self.tokenizer = opened(run.data)
+        check_vocab(run, self.tokenizer.vocab_size)
+        self.bytes_P = torch.from_numpy(self.tokenizer.token_bytes_P).to(self.device)
+        self.model = run.model.build(run.numerics, device=self.device, seed=run.seed)
+        self.model.recompute = run.recompute
+        self.optimiser = run.optimiser.build(self.model)
+        self.loader = Loader(self.train_shards, run.data)
+        self.balance = Balance(run.model)
+        self.spikes = SpikeWatch(run.spikes)
+        self.clock = Clock(run.model.cost(At(run.data.seq_len)).flops, self.device)
+        self.step, self.tokens, self.seconds, self.saved = 0, 0, 0.0, None
+        self._prepare_folder()
+        self._resume()
+        if run.compile if run.compile is not None else self.device.type == "cuda":
+            for block in self.model.blocks:
+                block.compile(dynamic=False)
+
+    def fit(self) -> HeldOut:
+        """Train to the last step; returns the loss on everything held out.
+
+        Raises:
+            Stopped: asked to stop by SIGINT or SIGTERM, after saving.
+            NumericsError: a value was not finite, or the spike policy is used up.
+        """
+        with stop_requests() as asked:
+            while self.step < self.run.steps:
+                self._advance()
+                if asked():
+                    self._save()
+                    raise Stopped(f"stopped after step {self.step}, saved; run the same command to go on")
+                self._look()
+        return self._finish()
+
+    def parameters(self) -> str:
+        """``1.91 M parameters, 1.14 M active``."""
+        cost = self.run.model.cost(At(self.run.data.seq_len))
+        return f"{units.count(cost.params)} parameters, {units.count(cost.active_params)} active"
+
+    def _advance(self) -> None:
+        """One optimiser step."""
+        self.clock.start()
+        batches = self._take(self.run.batch.at(self.step))
+        nats, extra = self._backward(batches)
+        norm = self._gradient_norm(batches)
+        predicted = sum(batch.predicted for batch in batches)
+        if self.spikes.is_spike(nats / predicted, norm):
+            self._skip(batches, nats / predicted, norm)
+        else:
+            self._clip(norm)
+            self.optimiser.step(self.run.schedule.factor(self.step, self.run.steps))
+        self.step += 1
+        self._report(batches, nats, extra, norm)
+
+    def _take(self, rows: int) -> list[Batch]:
+        micro = self.run.batch.micro_rows
+        return [self.loader.take(micro).to(self.device) for _ in range(rows // micro)]
+
+    def _backward(self, batches: list[Batch]) -> tuple[float, float]:
+        """Sum gradients over micro-batches; nats and balance loss of the step."""
+        predicted = sum(batch.predicted for batch in batches)
+        tokens = sum(batch.tokens_T.numel() for batch in batches)
+        self.balance.start()
+        self.model.train()
+        nats, extra = 0.0, 0.0
+        for index, batch in enumerate(batches):
+            torch.manual_seed((self.run.seed << 40) + (self.step << 12) + index)
+            loss = micro_loss(
+                self.model, batch.tokens_T, batch.targets_T, batch.stream, self.balance, predicted, tokens
+            )
+            if not torch.isfinite(loss.total):
+                self._stop_non_finite("loss", batch, first_non_finite(self.model, batch.tokens_T, batch.stream))
+            loss.total.backward()
+            nats, extra = nats + float(loss.nats), extra + float(loss.balance)
+        return nats, extra
+
+    def _gradient_norm(self, batches: list[Batch]) -> float:
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+        if not norm < float("inf"):
+            self._stop_non_finite("gradient", batches[-1], ", ".join(non_finite_gradients(self.model)))
+        return norm
+
+    def _clip(self, norm: float) -> None:
+        if self.run.clip is not None and norm > self.run.clip:
+            for parameter in self.model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(self.run.clip / norm)
+
+    def _skip(self, batches: list[Batch], loss: float, norm: float) -> None:
+        samples = [sample for batch in batches for sample in batch.samples]
+        self.folder.event("spike", step=self.step + 1, loss=loss, gnorm=norm, samples=samples)
+        self.optimiser.zero()
+        if self.spikes.exhausted:
+            self._save_if_new()
+            raise NumericsError(
+                f"{self.spikes.in_a_row} steps in a row were loss spikes, the last at step {self.step + 1}",
+                got=f"loss {loss:.3f}, gnorm {norm:.2f}", fix="Lower optimiser.lr or raise spikes.patience",
+            )
+
+    def _stop_non_finite(self, what: str, batch: Batch, where: str) -> None:
+        path = self.folder.keep_batch(self.step + 1, {"tokens_T": batch.tokens_T, "targets_T": batch.targets_T})
+        raise NumericsError(
+            f"{what} is not finite at step {self.step + 1}",
+            where=f"first in {where}, samples {batch.samples[0]}-{batch.samples[-1]}, batch in {path.name}",
+            fix=f"No update was made; {self._last_good()}. Lower optimiser.lr",
+        )
+
+    def _last_good(self) -> str:
+        return "no checkpoint yet" if self.saved is None else f"step {self.saved} is intact"
+
+    def _report(self, batches: list[Batch], nats: float, extra: float, norm: float) -> None:
+        seconds = self.clock.stop()
+        tokens = sum(batch.tokens_T.numel() for batch in batches)
+        predicted = sum(batch.predicted for batch in batches)
+        size = sum(int(self.bytes_P[batch.targets_T[batch.targets_T != IGNORE]].sum()) for batch in batches)
+        self.tokens, self.seconds = self.tokens + tokens, self.seconds + seconds
+        rate = tokens / seconds
+        report = StepReport(
+            step=self.step, steps=self.run.steps, loss=nats / predicted, bpb=nats / 0.6931471805599453 / max(1, size),
+            balance=extra, gnorm=norm, lr=self.optimiser.lr, rows=sum(len(batch.samples) for batch in batches),
+            tokens=self.tokens, seconds=self.seconds, tokens_per_second=rate, mfu=self.clock.mfu(rate),
+            memory=memory_in_use(self.device), eta=self.clock.eta(self.run.steps - self.step),
+            skipped=self.spikes.skipped,
+            load={i: (load.peak, load.unused, load.entropy) for i, load in self.balance.loads().items()},
+        )
+        self.folder.record(report.metrics())
+        if self.step % self.run.log_every == 0 or self.step in (1, self.run.steps):
+            self.say(report.line())
+
+    def _look(self) -> None:
+        """What is done every so many steps: held-out loss, a sample, a checkpoint."""
+        if self.step % self.run.eval_every == 0 and self.step < self.run.steps:
+            self._evaluate(self.run.eval_tokens)
+        if self.step % self.run.sample_every == 0:
+            self._sample()
+        if self.step % self.run.save_every == 0:
+            self._save()
+
+    def _evaluate(self, limit: int | None) -> HeldOut:
+        rows = self.run.batch.micro_rows
+        result = evaluate(self.model, heldout(self.heldout_shards, self.run.data.seq_len, rows), self.bytes_P, limit)
+        self.folder.event("heldout", step=self.step, loss=result.loss, bpb=result.bpb, tokens=result.tokens)
+        self.say(f"  held-out loss {result.loss:.3f} | bpb {result.bpb:.3f} | {units.count(result.tokens, 1)} tokens")
+        return result
+
+    def _sample(self) -> None:
+        if self.sampler is None:
+            return
+        text = self.sampler(self.model, self.run.prompt)
+        self.folder.sample(self.step, text)
+        self.say("  sample: " + " / ".join(text.split("\n"))[:100])
+
+    def _finish(self) -> HeldOut:
+        result = self._evaluate(None)
+        self._save_if_new()
+        self.folder.event("done", step=self.step, bpb=result.bpb, loss=result.loss, seconds=self.seconds)
+        return result
+
+    def _prepare_folder(self) -> None:
+        """Refuse a folder of another run; keep the declaration and the tokenizer beside what they produce."""
+        held = self.folder.config()
+        if held is not None:
+            for line in changes(Run.parse(held, source=str(self.folder.path / "config.yaml")), self.run):
+                self.say(f"changed: {line}")
+        self.folder.write_config(self.run.to_yaml())
+        self.folder.write_tokenizer(self.tokenizer.to_json())
+
+    def _resume(self) -> None:
+        found, skipped = checkpoint.newest(self.folder.checkpoints)
+        for line in skipped:
+            self.say(line)
+        if found is None:
+            return
+        for warning in checkpoint.require_compatible(found.manifest, self._identity()):
+            self.say(f"warning: {warning}")
+        self.model.load_state_dict(found.parts["model"])
+        self.optimiser.load(found.parts["optimizer"])
+        restore_random_states(found.parts["rng"])
+        self.loader.load_state_dict(found.state["loader"])
+        self.spikes.load_state_dict(found.state["spikes"])
+        self.step, self.tokens, self.seconds = found.step, found.state["tokens"], found.state["seconds"]
+        self.saved = found.step
+        self.folder.truncate_metrics(found.step)
+        self.folder.event("resume", step=found.step)
+        self.say(f"resumed from {found.path.name} (verified)")
+
+    def _save_if_new(self) -> None:
+        if self.saved != self.step:
+            self._save()
+
+    def _save(self) -> None:
+        began = time.monotonic()
+        parts = {"model": self.model.state_dict(), "optimizer": self.optimiser.tensors(), "rng": random_states()}
+        state = {
+            "loader": self.loader.state_dict(), "spikes": self.spikes.state_dict(),
+            "tokens": self.tokens, "seconds": self.seconds,
+        }
+        path = checkpoint.save(self.folder.checkpoints, self.step, parts, state, self._identity(), intact=self.saved)
+        self.saved = self.step
+        checkpoint.retain(self.folder.checkpoints, self.run.keep, self.run.keep_every)
+        self.folder.event("save", step=self.step, seconds=time.monotonic() - began)
+        self.say(f"  saved {path.name} in {time.monotonic() - began:.1f}s")
+
+    def _identity(self) -> dict[str, object]:
+        """What a checkpoint must share with the run that reads it."""
+        shapes: dict[str, Tensor] = self.model.state_dict()
+        return {
+            "recipe": self.run.name,
+            "tensors": {name: list(tensor.shape) for name, tensor in shapes.items()},
+            "tokenizer": self.tokenizer.digest,
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "device": self.device.type,
+        }
+
+
+@contextmanager
+def stop_requests() -> Iterator[Callable[[], bool]]:
+    """Turn the first SIGINT or SIGTERM into a request that the loop honours after its step; the second ends at once."""
+    received: list[int] = []
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        if received:
+            to_stderr("stopped before saving; the newest checkpoint is intact")
+            raise SystemExit(128 + number)
+        received.append(number)
+        to_stderr("stopping after this step; once more to stop at once")
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def run_name(run: Run, out: Path | None) -> Path:
+    """The run's folder: ``--out``, or ``runs/NAME``."""
+    return out or Path("runs") / run.name

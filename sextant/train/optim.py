@@ -1,0 +1,141 @@
+"""Optimisers over parameter roles: AdamW, and Muon for hidden matrices with AdamW for the rest.
+
+Gains and biases are never decayed: a decayed zero gain would stay biased towards zero. Other decays may differ by
+role (MAI-Base-1 decays attention by 0.01 and embeddings by 0.005 where the rest gets 0.1).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from sextant.axes.stability import Role, roles
+from sextant.core.errors import CheckpointError
+from sextant.core.spec import Spec
+
+_PLAIN = (Role.GAIN, Role.BIAS)
+_ORTHOGONAL = (Role.ATTENTION_IN, Role.ATTENTION_OUT, Role.FF_IN, Role.FF_OUT)
+
+
+class Decay(Spec):
+    """Weight decay by role; gains and biases have none."""
+
+    default: float = Field(0.1, ge=0)
+    attention: float | None = Field(None, ge=0)
+    embedding: float | None = Field(None, ge=0)
+
+    def of(self, role: Role) -> float:
+        """Decay of a parameter with this role."""
+        if role in _PLAIN:
+            return 0.0
+        attention = role in (Role.ATTENTION_IN, Role.ATTENTION_OUT)
+        special = self.attention if attention else self.embedding if role is Role.EMBEDDING else None
+        return self.default if special is None else special
+
+
+class AdamW(Spec):
+    """AdamW (1711.05101) with decay by role."""
+
+    kind: Literal["adamw"] = "adamw"
+    lr: float = Field(3e-3, gt=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    decay: Decay = Decay()
+
+    def build(self, model: nn.Module) -> Optimiser:
+        return Optimiser([self.adam(dict(model.named_parameters()), roles(model))], model)
+
+    def adam(self, named: dict[str, nn.Parameter], by_role: dict[str, Role]) -> torch.optim.Optimizer:
+        """torch's AdamW over these parameters, one group per decay."""
+        groups = _by_decay(named, by_role, self.decay)
+        return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=True)
+
+
+class Muon(Spec):
+    """Muon (torch's) for the hidden 2-D matrices, AdamW for embeddings, head, router, gains and expert stacks.
+
+    Expert stacks are three-dimensional, which torch's Muon does not take: they stay with AdamW, and so does everything
+    whose rows are looked up or compared rather than multiplied through.
+    """
+
+    kind: Literal["muon"] = "muon"
+    lr: float = Field(0.02, gt=0)
+    momentum: float = Field(0.95, ge=0, lt=1)
+    adamw: AdamW = AdamW()
+
+    def build(self, model: nn.Module) -> Optimiser:
+        by_role, named = roles(model), dict(model.named_parameters())
+        ours = {n: p for n, p in named.items() if p.ndim == 2 and by_role[n] in _ORTHOGONAL}
+        rest = {n: p for n, p in named.items() if n not in ours}
+        muon = torch.optim.Muon(
+            _by_decay(ours, by_role, self.adamw.decay),
+            lr=self.lr,
+            momentum=self.momentum,
+            adjust_lr_fn="match_rms_adamw",
+        )
+        return Optimiser([muon, self.adamw.adam(rest, by_role)], model)
+
+
+AnyOptimiser = Annotated[AdamW | Muon, Field(discriminator="kind")]
+
+
+def _by_decay(named: dict[str, nn.Parameter], by_role: dict[str, Role], decay: Decay) -> list[dict[str, Any]]:
+    groups: dict[float, list[nn.Parameter]] = defaultdict(list)
+    for name, parameter in named.items():
+        groups[decay.of(by_role[name])].append(parameter)
+    return [{"params": params, "weight_decay": value} for value, params in groups.items()]
+
+
+class Optimiser:
+    """One or more torch optimisers that step together, with state addressed by parameter name."""
+
+    def __init__(self, parts: list[torch.optim.Optimizer], model: nn.Module):
+        self.parts = parts
+        self.model = model
+        self.peaks = [[group["lr"] for group in part.param_groups] for part in parts]
+
+    def step(self, factor: float) -> None:
+        """Update at ``factor`` times the peak rates, then drop the gradients."""
+        for part, peaks in zip(self.parts, self.peaks, strict=True):
+            for group, peak in zip(part.param_groups, peaks, strict=True):
+                group["lr"] = peak * factor
+            part.step()
+        self.zero()
+
+    def zero(self) -> None:
+        """Drop the gradients."""
+        for part in self.parts:
+            part.zero_grad(set_to_none=True)
+
+    @property
+    def lr(self) -> float:
+        """Rate of the last step, of the first group."""
+        return float(self.parts[0].param_groups[0]["lr"])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """State as ``{"parameter name.exp_avg": tensor}``, whatever the grouping."""
+        return {f"{name}.{key}": value for name, state in self._states() for key, value in state.items()}
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Put saved state back.
+
+        Raises:
+            CheckpointError: a tensor for a parameter that does not exist.
+        """
+        owners = {id(p): part for part in self.parts for group in part.param_groups for p in group["params"]}
+        named = dict(self.model.named_parameters())
+        for key, value in tensors.items():
+            name, _, slot = key.rpartition(".")
+            if name not in named:
+                raise CheckpointError("optimiser state of an unknown parameter", where=name)
+            target = named[name]
+            device = "cpu" if slot == "step" and not target.is_cuda else target.device
+            owners[id(target)].state[target][slot] = value.to(device)
+
+    def _states(self) -> list[tuple[str, dict[str, Tensor]]]:
+        states = {id(p): state for part in self.parts for p, state in part.state.items()}
+        return [(name, states[id(p)]) for name, p in self.model.named_parameters() if id(p) in states]

@@ -1,0 +1,142 @@
+"""A run as one declaration: model, data, optimiser, schedule, batch, numerics, and how often to look and save."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from sextant.axes.numerics import FP32, AnyNumerics
+from sextant.core.errors import UsageError
+from sextant.core.spec import Spec
+from sextant.data.spec import Data
+from sextant.model.checks import check
+from sextant.model.spec import ModelSpec
+from sextant.train.optim import AdamW, AnyOptimiser
+from sextant.train.schedule import AnySchedule, Cosine
+
+
+class Batch(Spec):
+    """Rows (sequences of ``data.seq_len`` tokens) per optimiser step, and how many go through the model at once.
+
+    ``ramp`` holds (step, rows) pairs: before that step the batch has that many rows.
+    """
+
+    rows: int = Field(8, ge=1)
+    micro_rows: int = Field(8, ge=1)
+    ramp: tuple[tuple[int, int], ...] = ()
+
+    @model_validator(mode="after")
+    def _whole(self) -> Batch:
+        for rows in (self.rows, *(rows for _, rows in self.ramp)):
+            if rows % self.micro_rows:
+                raise ValueError(f"micro_rows {self.micro_rows} must divide every batch size, here {rows}")
+        if [step for step, _ in self.ramp] != sorted({step for step, _ in self.ramp}):
+            raise ValueError("ramp steps must ascend")
+        return self
+
+    def at(self, step: int) -> int:
+        """Rows of optimiser step ``step``."""
+        return next((rows for until, rows in self.ramp if step < until), self.rows)
+
+
+class Spikes(Spec):
+    """Skip a step whose loss or gradient norm lies ``sigmas`` above the mean of the last ``window`` steps.
+
+    Judged once half the window is full. ``patience`` skips in a row end the run with exit code 5.
+    """
+
+    window: int = Field(128, ge=4)
+    sigmas: float = Field(6.0, gt=0)
+    patience: int = Field(10, ge=1)
+
+
+class Run(Spec):
+    """Everything that decides what a training run computes, and what it leaves behind."""
+
+    schema_version: Literal[1] = 1
+    name: str
+    model: ModelSpec
+    data: Data
+    numerics: AnyNumerics = FP32()
+    optimiser: AnyOptimiser = AdamW()
+    schedule: AnySchedule = Cosine()
+    batch: Batch = Batch()
+    steps: int = Field(ge=1)
+    clip: float | None = Field(1.0, gt=0)
+    spikes: Spikes = Spikes()
+    seed: int = Field(0, ge=0)
+    compile: bool | None = Field(None, description="torch.compile; None: on a GPU only")
+    recompute: bool = Field(False, description="recompute each block in backward instead of keeping activations")
+    log_every: int = Field(1, ge=1)
+    eval_every: int = Field(100, ge=1)
+    eval_tokens: int = Field(65_536, ge=1, description="held-out tokens per evaluation during training; the last uses all")
+    sample_every: int = Field(100, ge=1)
+    prompt: str = "The "
+    save_every: int = Field(100, ge=1)
+    keep: int = Field(2, ge=2, description="newest checkpoints kept")
+    keep_every: int | None = Field(None, ge=1, description="checkpoints at multiples of this step are never removed")
+
+
+RESUMABLE = (
+    "name", "steps", "clip", "spikes", "compile", "recompute", "log_every", "eval_every", "eval_tokens",
+    "sample_every", "prompt", "save_every", "keep", "keep_every", "schedule", "optimiser.lr", "optimiser.betas",
+    "optimiser.decay", "optimiser.momentum", "optimiser.eps", "batch",
+)
+"""Settings that may change when a run is resumed; anything else makes it another run."""
+
+
+def check_run(run: Run) -> None:
+    """Rules between the parts of a run.
+
+    Raises:
+        UsageError: the first broken rule, with path and remedy.
+    """
+    check(run.model)
+    if run.data.seq_len > run.model.context:
+        raise UsageError(
+            "sequences are longer than the model's context",
+            where="data.seq_len", got=run.data.seq_len, expected=f"at most model.context {run.model.context}",
+            fix="Lower data.seq_len or raise model.context",
+        )
+    if run.schedule.warmup >= run.steps and run.schedule.warmup:
+        raise UsageError(
+            "warm-up lasts the whole run",
+            where="schedule.warmup", got=run.schedule.warmup, expected=f"below steps {run.steps}",
+            fix="Lower schedule.warmup or raise steps",
+        )
+
+
+def check_vocab(run: Run, vocab: int) -> None:
+    """Refuse a tokenizer whose ids the model cannot hold.
+
+    Raises:
+        UsageError: the tokenizer has more ids than ``model.vocab``.
+    """
+    if vocab > run.model.vocab:
+        raise UsageError(
+            "tokenizer and model disagree",
+            where="model.vocab", got=run.model.vocab, expected=f"at least the tokenizer's {vocab}",
+            fix=f"Set model.vocab={vocab} or prepare the data with a smaller vocabulary",
+        )
+
+
+def changes(old: Run, new: Run) -> list[str]:
+    """Differences a resumed run may have, as ``path: old -> new`` lines.
+
+    Raises:
+        UsageError: a setting differs that makes it another run.
+    """
+    before, after = old.leaves(), new.leaves()
+    lines = []
+    for path in dict.fromkeys([*before, *after]):
+        if before.get(path) == after.get(path):
+            continue
+        if not any(path == free or path.startswith((f"{free}.", f"{free}[")) for free in RESUMABLE):
+            raise UsageError(
+                "the run folder holds another run",
+                where=path, got=after.get(path), expected=before.get(path),
+                fix="Use another --out, or give the same settings",
+            )
+        lines.append(f"{path}: {before.get(path)} -> {after.get(path)}")
+    return lines
