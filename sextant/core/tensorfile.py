@@ -104,7 +104,7 @@ def refuse_aliases(tensors: Mapping[str, Tensor]) -> None:
 
 
 def read(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """All tensors of a safetensors file.
+    """All tensors of a safetensors file; on the CPU they are views of the mapped file until they are copied.
 
     Raises:
         CheckpointError: not a safetensors file, or one with names, counts or offsets that are refused.
