@@ -6,8 +6,9 @@ Contract, tested for every row of the attention table: prefill = chunked prefill
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -47,99 +48,205 @@ class StateSpec:
 class Keys:
     """What the queries of one layer may read.
 
-    In training ``k`` and ``v`` are the stream's own ``[S, G, K]`` and ``[S, G, V]``, and ``positions`` is None.
-    From a decoding state they are buffers ``[B, G, S, K]`` and ``[B, G, S, V]`` with int64 ``positions`` ``[B, S]``
-    (-1 where a slot is empty), and ``exact`` says that every slot is visible to every query of its sequence.
+    In training, and in the first step of a decoding state, ``k`` and ``v`` are the stream's own ``[S, G, K]`` and
+    ``[S, G, V]``, and ``positions`` is None. Later they are buffers ``[B, G, S, K]`` and ``[B, G, S, V]`` with int64
+    ``positions`` ``[B, S]`` (-1 where a slot is empty), and ``exact`` says that every slot is visible to every query of
+    its sequence. ``notes`` holds what the layers of one step share, such as a mask, by what it depends on.
     """
 
     k: Tensor
     v: Tensor
     positions: Tensor | None = None
     exact: bool = False
+    notes: dict[Hashable, Tensor] = field(default_factory=dict, compare=False)
+
+
+@dataclass(frozen=True)
+class Fill:
+    """What one step does to the slots: the same for all layers with one window and one number of sinks.
+
+    Attributes:
+        gone: old rows that each sequence drops first, from behind the sinks.
+        at: slot of each sequence's first new row.
+        lengths: new rows of each sequence.
+        held: slots in use afterwards.
+        capacity: slots that the buffers must have.
+        first: the step fills empty buffers.
+        view: slots that the step's queries may read.
+        positions: int64 ``[B, view]``.
+        exact: see :class:`Keys`.
+        notes: see :class:`Keys`.
+    """
+
+    gone: list[int]
+    at: list[int]
+    lengths: list[int]
+    held: list[int]
+    capacity: int
+    first: bool
+    view: slice
+    positions: Tensor
+    exact: bool
+    notes: dict[Hashable, Tensor] = field(default_factory=dict)
+
+    @cached_property
+    def together(self) -> bool:
+        """All sequences write the same slots."""
+        return len(set(self.at)) == 1 and len(set(self.lengths)) == 1
+
+    @cached_property
+    def at_B(self) -> Tensor:
+        """``at`` on the device."""
+        return torch.tensor(self.at, device=self.positions.device)
+
+    @cached_property
+    def sequence_B(self) -> Tensor:
+        """Numbers of the sequences, on the device."""
+        return torch.arange(len(self.at), device=self.positions.device)
+
+
+class Slots:
+    """Which token lies in which slot, counted once for all layers with one window and one number of sinks.
+
+    Slots hold tokens in order: first the sinks, then a contiguous run. A ring keeps its run by moving it to the front
+    when W spare slots are used up, never by writing modulo: a slot keeps one meaning until it is dropped.
+    """
+
+    def __init__(self, window: int | None, sinks: int, batch: int, device: torch.device | str = "cpu"):
+        self.window, self.sinks, self.device = window, sinks, device
+        self.held = [0] * batch  # slots in use
+        self.dropped = [0] * batch  # tokens between the sinks and the run that are gone
+        self.capacity = 0
+        self.fills: list[Fill] = []  # the last step's, if any
+        self.steps = 0
+
+    def step(self, number: int, stream: Stream) -> Fill:
+        """The slots of step ``number``: the first layer that asks moves on to it, the others find it done."""
+        if number == self.steps:
+            self.fills = [self._advance(stream)]
+            self.steps += 1
+        return self.fills[0]
+
+    def _advance(self, stream: Stream) -> Fill:
+        lengths, first = stream.lengths, not any(self.held)
+        gone = self._drop(max(lengths, default=0))
+        at, self.held = self.held, [held + length for held, length in zip(self.held, lengths, strict=True)]
+        longest = max(self.held, default=0)
+        if longest > self.capacity or any(gone):  # a long chunk's room is given back with what it brought
+            self.capacity = self._roomy(longest)
+        equal = len(set(self.held)) == 1
+        single = equal and stream.max_len == 1 and stream.rows is not None
+        # The last W slots are all that one new token per sequence sees, unless sinks lie apart from them.
+        start = longest - self.window if single and self.window and not self.sinks and longest > self.window else 0
+        exact = single and (self.window is None or longest - start <= self.window + self.sinks)
+        return Fill(
+            gone, at, lengths, self.held, self.capacity, first, slice(start, longest),
+            self._positions(start, longest), exact,
+        )
+
+    def _drop(self, length: int) -> list[int]:
+        """Rows to drop before ``length`` more: all that lie outside the window, once its spare room is used up."""
+        if self.window is None or max(self.held, default=0) + length <= self.sinks + 2 * self.window:
+            return [0] * len(self.held)
+        gone = [max(0, held - self.sinks - self.window) for held in self.held]
+        self.held = [held - n for held, n in zip(self.held, gone, strict=True)]
+        self.dropped = [dropped + n for dropped, n in zip(self.dropped, gone, strict=True)]
+        return gone
+
+    def _roomy(self, need: int) -> int:
+        if self.window is None:
+            return need + max(256, need // 2)
+        return max(need, self.sinks + 2 * self.window)
+
+    def _positions(self, start: int, stop: int) -> Tensor:
+        slot_S = torch.arange(start, stop, device=self.device)
+        held_B1 = torch.tensor(self.held, device=self.device)[:, None]
+        positions_BS = slot_S.expand(len(self.held), -1)
+        if any(self.dropped):
+            dropped_B1 = torch.tensor(self.dropped, device=self.device)[:, None]
+            positions_BS = torch.where(slot_S < self.sinks, slot_S, slot_S + dropped_B1)
+        return torch.where(slot_S < held_B1, positions_BS, -1)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these sequences only."""
+        self.held, self.dropped = [self.held[b] for b in rows], [self.dropped[b] for b in rows]
 
 
 class LayerState:
     """Growing buffers ``[B, G, C, K]`` and ``[B, G, C, V]`` that drop what a window no longer needs.
 
-    Slots hold tokens in order: first the sinks, then a contiguous run. A ring keeps its run by moving it to the front
-    when the buffer is full, never by writing modulo: a slot keeps one meaning until it is dropped.
+    Free slots hold finite numbers: a mask adds minus infinity to their scores, which would not hide a NaN.
     """
 
-    def __init__(self, spec: StateSpec, batch: int, dtype: torch.dtype, device: torch.device | str = "cpu"):
+    def __init__(
+        self, spec: StateSpec, batch: int, dtype: torch.dtype, device: torch.device | str = "cpu",
+        slots: Slots | None = None,
+    ):
         self.spec = spec
+        self.slots = slots or Slots(spec.window, spec.sinks, batch, device)
         self.k = torch.empty(batch, spec.heads, 0, spec.k_dim, dtype=dtype, device=device)
         self.v = torch.empty(batch, spec.heads, 0, spec.v_dim, dtype=dtype, device=device)
-        self.held = [0] * batch  # slots in use
-        self.dropped = [0] * batch  # tokens between the sinks and the run that are gone
+        self.steps = 0
+
+    @property
+    def held(self) -> list[int]:
+        """Slots in use, of each sequence."""
+        return self.slots.held
 
     @property
     def nbytes(self) -> int:
         """Bytes of the rows in use, by the declaration's count."""
         row = self.spec.heads * (self.spec.k_dim + self.spec.v_dim) * self.k.element_size()
-        return sum(min(held, self.spec.rows(held)) * row for held in self.held)
+        return sum(self.spec.rows(held) * row for held in self.held)
 
     def append(self, k_TGK: Tensor, v_TGV: Tensor, stream: Stream) -> Keys:
         """Store the rows of this step and return what its queries may read."""
-        lengths = stream.lengths
-        self._make_room(max(lengths))
-        if stream.rows and len(set(self.held)) == 1:
-            self._write_together(k_TGK, v_TGV, self.held[0], lengths[0])
-        else:
-            self._write_each(k_TGK, v_TGV, lengths)
-        longest = max(self.held)
-        return Keys(self.k[:, :, :longest], self.v[:, :, :longest], self._positions(longest), self._exact(stream))
+        fill = self.slots.step(self.steps, stream)
+        self.steps += 1
+        if any(fill.gone):
+            self.k, self.v = (_moved(buffer, self.spec.sinks, fill) for buffer in (self.k, self.v))
+        elif fill.capacity > self.k.shape[2]:
+            self.k, self.v = (_grown(buffer, fill.capacity) for buffer in (self.k, self.v))
+        _write(self.k, k_TGK, fill)
+        _write(self.v, v_TGV, fill)
+        if fill.first:
+            return Keys(k_TGK, v_TGV)
+        return Keys(self.k[:, :, fill.view], self.v[:, :, fill.view], fill.positions, fill.exact, fill.notes)
 
-    def _write_together(self, k_TGK: Tensor, v_TGV: Tensor, at: int, length: int) -> None:
-        batch = len(self.held)
-        self.k[:, :, at : at + length] = k_TGK.unflatten(0, (batch, length)).transpose(1, 2)
-        self.v[:, :, at : at + length] = v_TGV.unflatten(0, (batch, length)).transpose(1, 2)
-        self.held = [at + length] * batch
+    def keep(self, rows_B: Tensor) -> None:
+        """Go on with these sequences only; the slots are told apart."""
+        self.k, self.v = self.k[rows_B], self.v[rows_B]
 
-    def _write_each(self, k_TGK: Tensor, v_TGV: Tensor, lengths: Sequence[int]) -> None:
-        for b, (k, v) in enumerate(zip(k_TGK.split(list(lengths)), v_TGV.split(list(lengths)), strict=True)):
-            at, length = self.held[b], lengths[b]
-            self.k[b, :, at : at + length] = k.transpose(0, 1)
-            self.v[b, :, at : at + length] = v.transpose(0, 1)
-            self.held[b] = at + length
 
-    def _make_room(self, length: int) -> None:
-        need = max(self.held) + length
-        if need <= self.k.shape[2]:
-            return
-        self._drop_old()
-        need = max(self.held) + length
-        if need > self.k.shape[2]:
-            spare = 256 if self.spec.window is None else self.spec.window + self.spec.sinks
-            self.k, self.v = (_grown(buffer, need + max(spare, need // 2)) for buffer in (self.k, self.v))
+def _write(buffer_BGCK: Tensor, rows_TGK: Tensor, fill: Fill) -> None:
+    if fill.together:
+        at, length = fill.at[0], fill.lengths[0]
+        new = rows_TGK.unflatten(0, (len(fill.at), length)).transpose(1, 2)
+        buffer_BGCK[:, :, at : at + length] = new
+    elif max(fill.lengths) == 1 == min(fill.lengths):
+        buffer_BGCK[fill.sequence_B, :, fill.at_B] = rows_TGK
+    else:
+        for b, new in enumerate(rows_TGK.split(fill.lengths)):
+            buffer_BGCK[b, :, fill.at[b] : fill.at[b] + fill.lengths[b]] = new.transpose(0, 1)
 
-    def _drop_old(self) -> None:
-        """Move the last ``window`` rows behind the sinks; a query can never look further back again."""
-        if self.spec.window is None:
-            return
-        for b, held in enumerate(self.held):
-            gone = held - self.spec.sinks - self.spec.window
-            if gone > 0:
-                first = self.spec.sinks + gone
-                for buffer in (self.k, self.v):
-                    buffer[b, :, self.spec.sinks : held - gone] = buffer[b, :, first:held].clone()
-                self.held[b] -= gone
-                self.dropped[b] += gone
 
-    def _exact(self, stream: Stream) -> bool:
-        """One new token per sequence, equal fill, nothing outside the window: no mask is needed."""
-        fits = self.spec.window is None or self.held[0] <= self.spec.window + self.spec.sinks
-        return stream.max_len == 1 and len(set(self.held)) == 1 and fits
-
-    def _positions(self, longest: int) -> Tensor:
-        slot_S = torch.arange(longest, device=self.k.device)
-        held_B1 = torch.tensor(self.held, device=self.k.device)[:, None]
-        dropped_B1 = torch.tensor(self.dropped, device=self.k.device)[:, None]
-        positions_BS = torch.where(slot_S < self.spec.sinks, slot_S, slot_S + dropped_B1)
-        return torch.where(slot_S < held_B1, positions_BS, -1)
+def _moved(buffer_BGCK: Tensor, sinks: int, fill: Fill) -> Tensor:
+    """The run of each sequence moved to the front, in fresh memory, because source and target may overlap."""
+    moved = buffer_BGCK.new_zeros(*buffer_BGCK.shape[:2], fill.capacity, buffer_BGCK.shape[3])
+    if len(set(fill.gone)) == 1:
+        moved[:, :, :sinks] = buffer_BGCK[:, :, :sinks]
+        stop = max(fill.at)
+        moved[:, :, sinks:stop] = buffer_BGCK[:, :, sinks + fill.gone[0] : stop + fill.gone[0]]
+        return moved
+    for b, (gone, stop) in enumerate(zip(fill.gone, fill.at, strict=True)):
+        first = min(sinks, stop)
+        moved[b, :, :first] = buffer_BGCK[b, :, :first]
+        moved[b, :, first:stop] = buffer_BGCK[b, :, first + gone : stop + gone]
+    return moved
 
 
 def _grown(buffer: Tensor, capacity: int) -> Tensor:
-    grown = buffer.new_empty(*buffer.shape[:2], capacity, buffer.shape[3])
+    grown = buffer.new_zeros(*buffer.shape[:2], capacity, buffer.shape[3])
     grown[:, :, : buffer.shape[2]] = buffer
     return grown
 
@@ -148,12 +255,22 @@ class Memory:
     """The states of all layers for B sequences, and how many tokens each sequence has so far."""
 
     def __init__(self, specs: Sequence[StateSpec], batch: int, dtype: torch.dtype, device: torch.device | str = "cpu"):
-        self.layers = [LayerState(spec, batch, dtype, device) for spec in specs]
+        spans = {(spec.window, spec.sinks) for spec in specs}
+        self.slots = {span: Slots(*span, batch, device) for span in spans}
+        self.layers = [LayerState(spec, batch, dtype, device, self.slots[spec.window, spec.sinks]) for spec in specs]
         self.lengths = [0] * batch
 
     def commit(self, stream: Stream) -> None:
         """Count the tokens of a finished step."""
         self.lengths = [length + new for length, new in zip(self.lengths, stream.lengths, strict=True)]
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these sequences only, in this order: finished ones leave the batch."""
+        self.lengths = [self.lengths[b] for b in rows]
+        for slots in self.slots.values():
+            slots.keep(rows)
+        for layer in self.layers:
+            layer.keep(torch.tensor(rows, device=layer.k.device))
 
     @property
     def nbytes(self) -> int:

@@ -126,22 +126,35 @@ def _from_state(q_THK: Tensor, keys: Keys, stream: Stream, span: Span, scores: S
     parts = zip(q_THK.split(stream.lengths), stream.positions_T.split(stream.lengths), strict=True)
     for b, (q, position) in enumerate(parts):
         one = slice(b, b + 1)
-        assert keys.positions is not None
-        own = Keys(keys.k[one], keys.v[one], keys.positions[one])
+        own = Keys(keys.k[one], keys.v[one], _positions(keys)[one])
         outputs.append(_over_buffers(q, own, position, 1, span, scores))
     return torch.cat(outputs)
+
+
+def _positions(keys: Keys) -> Tensor:
+    if keys.positions is None:
+        raise ValueError("keys of a decoding state have positions")
+    return keys.positions
+
+
+def _mask(keys: Keys, position_BT: Tensor, span: Span, copies: int, dtype: torch.dtype) -> Tensor:
+    """0 or minus infinity, ``[B, 1, copies * T, S]``: the same for all layers of a step, so made by the first."""
+    key = (span, copies, dtype)
+    if key not in keys.notes:
+        hidden_BTS = ~span.visible(position_BT, _positions(keys))
+        bias_BTS = torch.zeros(hidden_BTS.shape, dtype=dtype, device=hidden_BTS.device)
+        keys.notes[key] = bias_BTS.masked_fill_(hidden_BTS, -math.inf)[:, None].repeat(1, 1, copies, 1)
+    return keys.notes[key]
 
 
 def _over_buffers(q_THK: Tensor, keys: Keys, position_T: Tensor, rows: int, span: Span, scores: Scores) -> Tensor:
     heads, groups = q_THK.shape[1], keys.k.shape[1]
     q_BGNTK = q_THK.unflatten(0, (rows, -1)).transpose(1, 2).unflatten(1, (groups, heads // groups))
-    bias = None
-    if not (keys.exact and scores.slopes_H is None):
-        assert keys.positions is not None
-        bias = _bias_at(position_T.unflatten(0, (rows, -1)), keys.positions, span, scores, q_THK)
-        if scores.slopes_H is None:
-            bias = bias[:, None].repeat(1, 1, heads // groups, 1)
-        else:
-            bias = bias.unflatten(1, (groups, heads // groups)).flatten(2, 3)
+    position_BT = position_T.unflatten(0, (rows, -1))
+    if scores.slopes_H is not None:
+        bias = _bias_at(position_BT, _positions(keys), span, scores, q_THK)
+        bias = bias.unflatten(1, (groups, heads // groups)).flatten(2, 3)
+    else:
+        bias = None if keys.exact else _mask(keys, position_BT, span, heads // groups, q_THK.dtype)
     o = _sdpa(q_BGNTK.flatten(2, 3), keys.k, keys.v, scores.scale, bias)
     return o.unflatten(2, (heads // groups, -1)).flatten(1, 2).transpose(1, 2).flatten(0, 1)
