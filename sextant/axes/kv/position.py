@@ -139,7 +139,11 @@ AnyPosition = Annotated[RoPE | NoPE | ALiBi, Field(discriminator="kind")]
 class Unturned(nn.Module):
     """Leaves q and k alone."""
 
-    slopes_H: Tensor | None = None
+    slopes_H: Tensor | None
+
+    def __init__(self, slopes_H: Tensor | None = None):
+        super().__init__()
+        self.register_buffer("slopes_H", slopes_H, persistent=False)
 
     def forward(self, q_THK: Tensor, k_TGK: Tensor, stream: Stream) -> tuple[Tensor, Tensor]:
         return q_THK, k_TGK
@@ -149,8 +153,7 @@ class Slopes(Unturned):
     """Leaves q and k alone and gives each head the slope that its scores fall with."""
 
     def __init__(self, heads: int):
-        super().__init__()
-        self.register_buffer("slopes_H", _alibi_slopes(heads), persistent=False)
+        super().__init__(_alibi_slopes(heads))
 
 
 class Rotary(nn.Module):
