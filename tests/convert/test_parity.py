@@ -1,0 +1,181 @@
+"""Ours against transformers in fp32: logits, every gradient, packing, decoding, and Mixtral's balance loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle_hf import CASES, Case, Pair, gap, gradients_on_disk, make_pair, tokens
+from torch import Tensor
+
+from sextant.axes.kv.position import Rotary
+from sextant.axes.routing import Auxiliary
+from sextant.convert import import_weights, spec_from_hf, to_disk
+from sextant.core.stream import Stream
+from sextant.train.loss import Balance
+
+CLOSE = 1e-5
+
+
+@pytest.fixture(scope="module", params=CASES)
+def pair(request, tmp_path_factory) -> Pair:
+    return make_pair(CASES[request.param], tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory) -> Pair:
+    return make_pair(CASES["mixtral"], tmp_path_factory.mktemp("mixtral"))
+
+
+def cross_entropy(logits_BTP: Tensor, tokens_BT: Tensor) -> Tensor:
+    return F.cross_entropy(logits_BTP[:, :-1].flatten(0, 1), tokens_BT[:, 1:].flatten())
+
+
+def rotaries(pair: Pair) -> Iterator[tuple[Rotary, str]]:
+    """Our rotary code of each layer, and what theirs is called in their rotary module."""
+    for layer, block in zip(pair.ours.spec.layers, pair.ours.blocks, strict=True):
+        kind = "full_attention_" if layer.attention.kind == "full" else "sliding_attention_"
+        yield block.attention.kv.position, kind if pair.case.family == "gemma3_text" else ""
+
+
+def share_frequencies(pair: Pair) -> None:
+    """Give theirs our rotary frequencies, which :func:`test_rotary_frequencies` compares.
+
+    Theirs are rounded to fp32 after every operation, ours once. At position 127 the difference alone is worth 1e-5 in
+    the logits, and would hide other differences of this size.
+    """
+    for rotary, prefix in rotaries(pair):
+        getattr(pair.theirs.model.rotary_emb, f"{prefix}inv_freq").copy_(torch.tensor(rotary.frequencies))
+
+
+def test_rotary_frequencies(pair: Pair, tmp_path):
+    untouched = make_pair(pair.case, tmp_path)
+    theirs = untouched.theirs.model.rotary_emb
+    for rotary, prefix in rotaries(untouched):
+        frequencies = torch.tensor(rotary.frequencies, dtype=torch.float64)
+        torch.testing.assert_close(getattr(theirs, f"{prefix}inv_freq").double(), frequencies, rtol=3e-7, atol=0)
+        assert rotary.magnitude == pytest.approx(getattr(theirs, f"{prefix}attention_scaling"), rel=1e-9)
+
+
+def test_logits_as_they_come(pair: Pair, tmp_path):
+    """Nothing shared; three times the tolerance, for the rounding of their frequencies."""
+    untouched, tokens_BT = make_pair(pair.case, tmp_path), tokens(1, pair.case.length)
+    with torch.no_grad():
+        assert gap(untouched.ours.batch_logits(tokens_BT), untouched.theirs(tokens_BT).logits) < 3 * CLOSE
+
+
+@pytest.mark.parametrize("batch, shorter", [(1, 0), (2, 0), (2, 30)])
+def test_logits_and_gradients(pair: Pair, batch: int, shorter: int, tmp_path):
+    share_frequencies(pair)
+    tokens_BT = tokens(batch, pair.case.length - shorter, seed=batch)
+    theirs, ours = pair.theirs(tokens_BT).logits, pair.ours.batch_logits(tokens_BT)
+    assert gap(ours, theirs) < CLOSE
+    assert gap(ours[:, -5:], theirs[:, -5:]) < CLOSE  # a wrong scale or rotation grows with the position
+
+    pair.theirs.zero_grad()
+    pair.ours.zero_grad()
+    cross_entropy(theirs, tokens_BT).backward()
+    cross_entropy(ours, tokens_BT).backward()
+    expected = gradients_on_disk(pair.theirs, tmp_path)
+    got = to_disk({name: p.grad for name, p in pair.ours.named_parameters() if p.grad is not None}, pair.case.family)
+    assert got.keys() == expected.keys()
+    gaps = {name: gap(got[name], expected[name]) for name in expected}
+    assert max(gaps.values()) < CLOSE, max(gaps.items(), key=lambda item: item[1])
+
+
+def test_packed_documents_equal_separate_ones(pair: Pair):
+    share_frequencies(pair)
+    lengths = [pair.case.length - 4, 1, 13, 23, 23]
+    tokens_T = tokens(sum(lengths))
+    with torch.no_grad():
+        ours_TP = pair.ours.logits(pair.ours(tokens_T, Stream.of_lengths(lengths)).hidden_TD)
+        theirs_TP = torch.cat([pair.theirs(part[None]).logits[0] for part in tokens_T.split(lengths)])
+    assert gap(ours_TP, theirs_TP) < CLOSE
+
+
+@torch.no_grad()
+def test_decoding_equals_their_full_forward(pair: Pair):
+    """A prompt of 19 tokens, chunks of 5 and 3, then one token at a time, beyond every window, for two sequences."""
+    share_frequencies(pair)
+    tokens_BT = tokens(2, pair.case.length)
+    memory, pieces = pair.ours.memory(2), []
+    for chunk_BT in tokens_BT.split([19, 5, 3] + [1] * (pair.case.length - 27), dim=1):
+        stream = Stream.of_lengths([chunk_BT.shape[1]] * 2, memory=memory)
+        pieces.append(pair.ours.logits(pair.ours(chunk_BT.flatten(), stream).hidden_TD).unflatten(0, (2, -1)))
+    assert gap(torch.cat(pieces, dim=1), pair.theirs(tokens_BT).logits) < CLOSE
+
+
+MISTAKES = [
+    ("mistral", "layers[*].attention.window=10"),
+    ("mistral", "layers[*].attention.window=8"),
+    ("llama", "layers[*].kv.position.layout=interleaved"),
+    ("llama-yarn", "layers[*].kv.position.scaling.attention_factor=1.0"),
+    ("llama-yarn", "layers[*].kv.position.scaling.original=128"),
+    ("llama-llama3", "layers[*].kv.position.scaling.high_factor=3.5"),
+    ("gemma3", "layers[5].kv.position.scaling.factor=7.0"),
+    ("gemma3", "layers[0].kv.position.base=110.0"),
+    ("gemma3", "layers[*].kv.scale=0.25"),
+    ("gemma3", "embedding_scale=1.0"),
+    ("gemma3", "softcap=30.0"),
+    ("gemma3", "layers[*].feed_forward.activation=geglu"),
+    ("mixtral", "layers[*].feed_forward.router.normalize=false"),
+]
+
+
+@pytest.mark.parametrize("name, mistake", MISTAKES)
+@torch.no_grad()
+def test_a_wrong_declaration_is_seen(name: str, mistake: str, tmp_path):
+    """The inputs above are strong enough: each small mistake moves the logits by far more than the tolerance."""
+    pair = make_pair(CASES[name], tmp_path)
+    wrong = pair.ours.spec.override(mistake).build()
+    import_weights(wrong, pair.disk, pair.case.family)
+    tokens_BT = tokens(1, pair.case.length)
+    assert gap(wrong.batch_logits(tokens_BT), pair.theirs(tokens_BT).logits) > 10 * CLOSE
+
+
+def test_balance_loss_of_each_layer(mixtral: Pair):
+    """Theirs is ``top_k`` times ours: their shares of copies sum to ``top_k``, ours to 1. Gradients likewise."""
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    tokens_T, stream = tokens(2 * 31), Stream.of_lengths([31, 31])
+    top_k, experts = mixtral.config["num_experts_per_tok"], mixtral.config["num_local_experts"]
+    routings = mixtral.ours(tokens_T, stream).routings
+    assert len(routings) == len(mixtral.ours.blocks)
+    for routing in routings.values():
+        ours = Auxiliary(coef=1.0).loss(routing, stream, routing.counts_E(), tokens_T.numel())
+        logits_TE = routing.logits_TE.detach().requires_grad_()
+        theirs = load_balancing_loss_func((logits_TE,), experts, top_k)
+        assert ours.item() * top_k == pytest.approx(theirs.item(), rel=1e-6)
+        assert not 0.99 < ours.item() < 1.01  # not balanced, so the formula matters
+        (grad,) = torch.autograd.grad(ours, routing.logits_TE, retain_graph=True)
+        (expected,) = torch.autograd.grad(theirs, logits_TE)
+        assert gap(grad * top_k, expected) < CLOSE
+
+
+def test_training_loss_with_balance(tmp_path):
+    """With one layer nothing is pooled: the imported coefficient gives their whole training loss and its gradients."""
+    case = CASES["mixtral"]
+    pair = make_pair(Case(case.family, {**case.config, "num_hidden_layers": 1}), tmp_path / "model")
+    tokens_BT = tokens(2, 31)
+    theirs = pair.theirs(tokens_BT, labels=tokens_BT, output_router_logits=True)
+    stream = Stream.of_lengths([31, 31])
+    out = pair.ours(tokens_BT.flatten(), stream)
+    logits_BTP = pair.ours.logits(out.hidden_TD).unflatten(0, (2, 31))
+    balance = Balance(pair.ours.spec).loss(out.routings, stream, tokens_BT.numel())
+    ours = cross_entropy(logits_BTP, tokens_BT) + balance
+    assert balance.item() > 0.05
+    assert ours.item() == pytest.approx(theirs.loss.item(), rel=1e-6)
+
+    ours.backward()
+    theirs.loss.backward()
+    expected = gradients_on_disk(pair.theirs, tmp_path / "gradients")
+    got = to_disk({name: p.grad for name, p in pair.ours.named_parameters() if p.grad is not None}, case.family)
+    assert max(gap(got[name], expected[name]) for name in expected) < CLOSE
+
+
+def test_balance_coefficient_is_shared_among_layers(mixtral: Pair):
+    """Theirs pools the layers into one loss, ours adds up one per layer."""
+    (term,) = spec_from_hf(mixtral.config).layers[0].feed_forward.balance
+    assert term.coef * len(mixtral.ours.blocks) == pytest.approx(0.03 * 2)
