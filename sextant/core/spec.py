@@ -34,7 +34,7 @@ class Spec(BaseModel):
             if key not in cls.model_fields:
                 hint = nearest(str(key), cls.model_fields)
                 raise PydanticCustomError("unknown_key", "unknown key", {"key": str(key), "hint": hint})
-        return {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
+        return {key: _tuples(value) for key, value in data.items()}
 
     @classmethod
     def parse(cls, data: Any, source: str = "") -> Self:
@@ -86,6 +86,11 @@ class Spec(BaseModel):
     def leaves(self) -> dict[str, Any]:
         """Every scalar by its path: ``{"model.width": 128, ...}``."""
         return dict(_leaves(self.to_dict(), ""))
+
+
+def _tuples(value: Any) -> Any:
+    """Lists of files become tuples of declarations, at any depth."""
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
 
 
 def parse_value(text: str) -> Any:

@@ -51,15 +51,14 @@ def _nearest(value: float, unit: int) -> int:
     return unit * round(value / unit)
 
 
-def ladder(depth: int) -> Run:
+def ladder(depth: int, round_to: int = 128) -> Run:
     """A rung of the depth ladder: everything follows from L, a multiple of 6.
 
-    D = 256 L / 3, heads near L in eights, F = D, latent D / 2 and experts 3/2 of that, both rounded to 1,024 where
-    they are that large; head width 128, 8 KV heads, 512 experts of which 8 are met.
+    D = 256 L / 3, heads near L in eights, F = D, latent D / 2 and experts 3/2 of that, both rounded to ``round_to``
+    (1,024 gives the two figures printed for 78 layers); head width 128, 8 KV heads, 8 of 512 experts.
     """
     width = 256 * depth // 3
-    unit = 1024 if width >= 2048 else 128
-    latent, hidden = _nearest(width / 2, unit), _nearest(width * 3 / 4, unit)
+    latent, hidden = _nearest(width / 2, round_to), _nearest(width * 3 / 4, round_to)
     name = "mai-base-1" if depth == DEPTHS[-1] else f"mai-base-1-l{depth}"
     model = ModelSpec(
         name=name, vocab=200_019, width=width, context=16_384, tied=True,
@@ -74,7 +73,7 @@ def ladder(depth: int) -> Run:
 
 def paper() -> Run:
     """78 layers: 962 B parameters, 34.7 B active."""
-    return ladder(DEPTHS[-1])
+    return ladder(DEPTHS[-1], round_to=1024)
 
 
 def twin() -> Run:

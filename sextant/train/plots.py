@@ -37,6 +37,12 @@ def draw(run_folder: Path) -> list[Path]:
     return written + [path for path in drawn if path is not None]
 
 
+def heldout_curve(run_folder: Path) -> tuple[list[int], list[float]]:
+    """Steps and held-out bits per byte of a run; an evaluation repeated after a resume counts once."""
+    curve = {row["step"]: row["bpb"] for row in _records(run_folder / "events.jsonl") if row["event"] == "heldout"}
+    return list(curve), list(curve.values())
+
+
 def _records(path: Path) -> Rows:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 

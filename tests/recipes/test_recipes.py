@@ -1,0 +1,107 @@
+"""Every recipe: the published counts, formula = built on the meta device, and a twin that trains."""
+
+import pytest
+import torch
+import yaml
+
+from sextant import recipes
+from sextant.axes.stability import Role, roles
+from sextant.core.cost import At
+from sextant.core.stream import Stream
+from sextant.train.loss import Balance, micro_loss
+from sextant.train.run import Run, check_run
+
+PUBLISHED = {
+    # name: (total, active) in billions, to the digits of the source; None where the source gives none
+    "mai-base-1": (962.15, 34.66),  # MAI-Base-1, section 2.2
+    "mixtral-8x7b": (46.70, 12.88),  # 2401.04088 prints 46.7 and 12.9
+    "mistral-7b": (7.24, 7.24),  # 2310.06825
+    "llama-3-8b": (8.03, 8.03),  # 2407.21783
+}
+
+GEMMA_NON_EMBEDDING = {
+    # 2503.19786, table 1, millions
+    "gemma-3-1b": 698,
+    "gemma-3-4b": 3209,
+    "gemma-3-12b": 10_759,
+    "gemma-3-27b": 25_600,
+}
+
+
+def cost(run: Run):
+    return run.model.cost(At(run.data.seq_len))
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_counts_are_the_published_ones(name):
+    total, active = PUBLISHED[name]
+    counted = cost(recipes.get(name).paper())
+    assert round(counted.params / 1e9, 2) == total
+    assert round(counted.active_params / 1e9, 2) == active
+
+
+@pytest.mark.parametrize("name", GEMMA_NON_EMBEDDING)
+def test_gemma_without_embedding_is_the_published_count(name):
+    model = recipes.get(name).paper().model
+    rest = model.cost(At(1)).params - model.vocab * model.width
+    assert round(rest / 1e6) == GEMMA_NON_EMBEDDING[name]
+
+
+@pytest.mark.parametrize("name", recipes.names())
+@pytest.mark.parametrize("size", ["paper", "twin"])
+def test_formula_equals_the_meta_built_count(name, size):
+    run = getattr(recipes.get(name), size)()
+    model = run.model.build(run.numerics, device="meta")
+    assert sum(p.numel() for p in model.parameters()) == cost(run).params
+
+
+@pytest.mark.parametrize("name", recipes.names())
+@pytest.mark.parametrize("size", ["paper", "twin"])
+def test_a_run_survives_yaml_and_its_own_checks(name, size):
+    run = getattr(recipes.get(name), size)()
+    check_run(run)
+    assert Run.parse(yaml.safe_load(run.to_yaml())) == run
+
+
+@pytest.mark.parametrize("name", [n for n in recipes.names() if "-l" not in n and n not in ("dense-150m", "moe-400m-a100m")])
+def test_a_twin_learns_to_repeat_a_batch(name):
+    """Twenty steps on one batch: the loss falls well below that of the first step."""
+    run = recipes.get(name).twin()
+    torch.manual_seed(0)
+    model = run.model.build(run.numerics, seed=1)
+    optimiser = run.optimiser.build(model)
+    tokens_T = torch.randint(0, run.model.vocab, (128,))
+    targets_T = tokens_T.roll(-1)
+    balance, stream, losses = Balance(run.model), Stream.of_lengths([64, 64]), []
+    for _ in range(20):
+        balance.start()
+        loss = micro_loss(model, tokens_T, targets_T, stream, balance, 128, 128)
+        loss.total.backward()
+        optimiser.step(1.0)
+        losses.append(float(loss.nats) / 128)
+    assert losses[-1] < losses[0] - 1.0
+
+
+def test_every_ladder_rung_follows_the_rule():
+    """MAI-Base-1, section 2.1: D = 256 L / 3, the last layer global and a mixture of experts."""
+    for depth in range(12, 73, 6):
+        model = recipes.get(f"mai-base-1-l{depth}").paper().model
+        assert model.width == 256 * depth // 3 and len(model.layers) == depth
+        assert model.layers[-1].attention.kind == "full" and model.layers[-1].kv.position.kind == "nope"
+        assert model.layers[-1].feed_forward.kind == "latent_experts"
+        assert sum(layer.attention.kind == "full" for layer in model.layers) == depth // 6
+
+
+def test_every_parameter_has_one_role():
+    run = recipes.get("mai-base-1").twin()
+    model = run.model.build(device="meta")
+    by_role = roles(model)
+    assert set(by_role) == {name for name, _ in model.named_parameters()}
+    assert by_role["blocks.1.feed_forward.router.weight"] is Role.ROUTER
+    assert by_role["blocks.1.feed_forward.experts.up_EDF"] is Role.FF_IN
+    assert by_role["blocks.0.attention.kv.q_norm.gain"] is Role.GAIN
+
+
+def test_an_unknown_recipe_is_refused_with_the_nearest():
+    with pytest.raises(recipes.UsageError, match="mixtral-8x7b"):
+        recipes.get("mixtral-8x7")
