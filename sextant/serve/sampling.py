@@ -36,12 +36,12 @@ class Sampling(Spec):
         stop: the text ends before the first of these strings.
     """
 
-    temperature: float = Field(1.0, ge=0, le=2)
-    top_k: int = Field(0, ge=0)
-    top_p: float = Field(1.0, gt=0, le=1)
-    min_p: float = Field(0.0, ge=0, le=1)
-    max_tokens: int = Field(200, ge=1)
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    temperature: float = Field(default=1.0, ge=0, le=2)
+    top_k: int = Field(default=0, ge=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    max_tokens: int = Field(default=200, ge=1)
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     stop: tuple[str, ...] = ()
 
     @field_validator("stop")
