@@ -1,0 +1,112 @@
+"""Small models over every combination of the tables, and the few calls that many tests make."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor
+
+from sextant.axes.attention import TABLE as ATTENTION
+from sextant.axes.attention import Full, Pattern
+from sextant.axes.capacity import Dense, Experts, FeedForward
+from sextant.axes.kv import GQA, KV, POSITIONS
+from sextant.axes.kv import TABLE as KVS
+from sextant.axes.routing import SoftmaxTopK
+from sextant.axes.stability import NormalInit, PreNorm
+from sextant.core.errors import UsageError
+from sextant.core.spec import Spec
+from sextant.core.state import Memory
+from sextant.core.stream import Stream
+from sextant.core.table import Table
+from sextant.model.checks import check
+from sextant.model.spec import Layer, ModelSpec
+from sextant.model.transformer import Transformer
+
+VOCAB, WIDTH = 23, 10
+DENSE = Dense(hidden=9)
+MOE = Experts(experts=5, hidden=7, router=SoftmaxTopK(top_k=2), shared=3)
+
+
+def examples(table: Table) -> list[Spec]:
+    """Every example of every row."""
+    return [example for row in table for example in row.examples]
+
+
+def name(part: object) -> str:
+    """A readable test id: kind and the fields that differ from their defaults, nested ones included."""
+    if not isinstance(part, Spec):
+        return str(part)
+    fields = type(part).model_fields
+    set_ = [(key, getattr(part, key)) for key in fields if key != "kind" and getattr(part, key) != fields[key].default]
+    inner = ",".join(f"{key}={name(value)}" for key, value in set_)
+    return f"{getattr(part, 'kind', 'spec')}({inner})" if inner else str(getattr(part, "kind", "spec"))
+
+
+def params(parts: Iterable[object]) -> list[object]:
+    """Pytest parameters with readable ids; a tuple becomes several arguments."""
+    rows = [part if isinstance(part, tuple) else (part,) for part in parts]
+    return [pytest.param(*row, id="-".join(name(part) for part in row)) for row in rows]
+
+
+def model_spec(*layers: Layer, **fields: object) -> ModelSpec:
+    """A tiny model with weights large enough that every part matters."""
+    defaults = {"name": "tiny", "vocab": VOCAB, "width": WIDTH, "context": 4096, "init": NormalInit(std=0.4)}
+    return ModelSpec.parse({**defaults, **fields, "layers": layers})
+
+
+def combinations() -> Iterator[tuple[Pattern, KV]]:
+    """Every attention example with every KV example with every position example that the rules allow."""
+    for attention, kv, position in itertools.product(examples(ATTENTION), examples(KVS), examples(POSITIONS)):
+        try:
+            kv = kv.replace(position=position)
+            check(model_spec(Layer(attention=attention, kv=kv, feed_forward=DENSE)))  # type: ignore[arg-type]
+        except UsageError:
+            continue
+        yield attention, kv  # type: ignore[misc]
+
+
+@cache
+def built(
+    attention: Pattern = Full(),  # noqa: B008 - frozen
+    kv: KV = GQA(heads=4, kv_heads=2, head_dim=8),  # noqa: B008
+    feed_forward: FeedForward = DENSE,
+    layers: int = 2,
+    residual: Spec = PreNorm(),  # noqa: B008
+) -> Transformer:
+    """A model in fp64, kept for the tests that ask for the same one; they must not change it."""
+    layer = Layer.parse({"attention": attention, "kv": kv, "feed_forward": feed_forward, "residual": residual})
+    return model_spec(*[layer] * layers).build(seed=3).double().eval()
+
+
+def random_tokens(count: int, seed: int = 0, vocab: int = VOCAB) -> Tensor:
+    """int64 ``[T]``."""
+    return torch.randint(vocab, (count,), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def run(model: Transformer, tokens_T: Tensor, lengths: list[int], memory: Memory | None = None) -> Tensor:
+    """Logits ``[T, P]`` of sequences that lie end to end."""
+    stream = Stream.of_lengths(lengths, memory=memory)
+    return model.logits(model(tokens_T, stream).hidden_TD)
+
+
+def chunked(model: Transformer, tokens_T: Tensor, sizes: Iterable[int]) -> Tensor:
+    """Logits of one sequence that is fed piece by piece; the last piece takes what is left."""
+    memory, pieces, at = model.memory(1), [], 0
+    for size in sizes:
+        piece = tokens_T[at : at + size]
+        if len(piece):
+            pieces.append(run(model, piece, [len(piece)], memory))
+        at += size
+    if at < len(tokens_T):
+        pieces.append(run(model, tokens_T[at:], [len(tokens_T) - at], memory))
+    return torch.cat(pieces)
+
+
+def close(got: Tensor, want: Tensor, tolerance: float = 1e-11) -> None:
+    """Equal within an absolute and relative tolerance; 1e-11 suits fp64."""
+    torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)

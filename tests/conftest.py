@@ -1,0 +1,30 @@
+"""What all tests share: one thread, one seed per test, and no GPU tests where there is no GPU."""
+
+import os
+
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("sextant", max_examples=25, deadline=None, derandomize=True, database=None)
+settings.load_profile("sextant")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests marked ``gpu`` are deselected without CUDA, so that a run on a CPU has nothing to skip."""
+    if torch.cuda.is_available():
+        return
+    off = [item for item in items if item.get_closest_marker("gpu")]
+    if off:
+        config.hook.pytest_deselected(items=off)
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Small tensors gain nothing from threads, and workers beside each other lose by them."""
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(20260601)
