@@ -46,11 +46,13 @@ class Fields:
         self.where = where
         self.left = {name: value for name, value in data.items() if value is not None and name not in BOOKKEEPING}
 
-    def take(self, name: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
-        """The value of a field of this kind, or ``default``; a whole number is not a truth value."""
+    def take(self, name: str, kind: type | tuple[type, ...], default: Any = None, *, zero: bool = False) -> Any:
+        """The value of a field of this kind, or ``default``. A truth value is no number; numbers are positive."""
         value = self.left.pop(name, default)
         if value is not None and (not isinstance(value, kind) or isinstance(value, bool) != (kind is bool)):
             raise self._refused("bad value in a model configuration", name, value, _kind(kind))
+        if isinstance(value, _NUMBER) and kind is not bool and not (value > 0 or (zero and value == 0)):
+            raise self._refused("bad value in a model configuration", name, value, "more than 0")
         return value
 
     def need(self, name: str, kind: type | tuple[type, ...] = int) -> Any:
@@ -104,7 +106,7 @@ def _llama3(fields: Fields, context: int) -> Llama3Scaling:
 
 def _yarn(fields: Fields, context: int) -> YaRNScaling:
     original = fields.take("original_max_position_embeddings", int, context)
-    mscale, mscale_all_dim = fields.take("mscale", _NUMBER), fields.take("mscale_all_dim", _NUMBER)
+    mscale, mscale_all_dim = (fields.take(name, _NUMBER, zero=True) for name in ("mscale", "mscale_all_dim"))
     both = mscale and mscale_all_dim  # transformers heeds neither unless both are given and not 0
     return YaRNScaling(
         factor=float(fields.take("factor", _NUMBER, context / original)),
@@ -224,7 +226,7 @@ def _mixtral(fields: Fields, name: str) -> ModelSpec:
 
 
 def _experts(fields: Fields, layers: int) -> Experts:
-    top_k, coef = fields.need("num_experts_per_tok"), fields.take("router_aux_loss_coef", _NUMBER, 0.001)
+    top_k, coef = fields.need("num_experts_per_tok"), fields.take("router_aux_loss_coef", _NUMBER, 0.001, zero=True)
     return Experts(
         experts=fields.need("num_local_experts"),
         hidden=fields.need("intermediate_size"),

@@ -96,6 +96,13 @@ def test_transformers_prints_what_we_read(name: str):
     assert spec.layers[0].kv.shape[:2] == (6, case.config.get("num_key_value_heads", 2))
 
 
+def test_no_balance_loss_without_a_coefficient():
+    config = {**TINY, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+    spec = spec_from_hf(config | {"router_aux_loss_coef": 0.0})
+    assert {layer.feed_forward.balance for layer in spec.layers} == {()}
+    assert spec_from_hf(config).layers[0].feed_forward.balance[0].coef == pytest.approx(0.001 * 2 / 3)
+
+
 def test_older_and_newer_spellings_of_a_rope_agree():
     older = {"rope_theta": 500.0, "rope_scaling": {**LLAMA3, "type": "llama3"}}
     del older["rope_scaling"]["rope_type"], older["rope_scaling"]["rope_theta"]
@@ -157,6 +164,11 @@ REFUSED = [
     ({"layer_types": ["full_attention"] * 3}, "layer_types"),
     ({"hidden_size": None}, "hidden_size (got 'nothing', expected int)"),
     ({"hidden_size": "48"}, "hidden_size (got '48', expected int)"),
+    ({"num_attention_heads": 0}, "num_attention_heads (got 0, expected more than 0)"),
+    ({"rms_norm_eps": math.nan}, "rms_norm_eps (got nan, expected more than 0)"),
+    ({"rope_parameters": {**LLAMA3, "rope_type": "yarn", "original_max_position_embeddings": 0}}, "original_max"),
+    ({"model_type": "gemma3_text", "sliding_window": 8, "query_pre_attn_scalar": -1}, "query_pre_attn_scalar (got -1"),
+    ({"model_type": "gemma3_text", "sliding_window": 8, "sliding_window_pattern": 0}, "sliding_window_pattern (got 0"),
     ({"num_hidden_layers": True}, "num_hidden_layers (got True, expected int)"),
     ({"num_key_value_heads": 4}, "kv_heads 4 must divide heads 6"),
     ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_parameters: rope_type (got 'dynamic'"),
