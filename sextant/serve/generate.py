@@ -63,6 +63,51 @@ class Stats:
         return self.decoded_tokens / self.decode_seconds if self.decode_seconds else 0.0
 
 
+class Batch:
+    """Sequences that are decoded together: their states, and the logits ``[B, P]`` after each one's last token.
+
+    Args:
+        prompts: token ids, none empty; all are prefilled in one ragged stream.
+        copies: how many times each prompt is continued.
+        vocab: ids that may be sampled; a model can have more rows than its tokenizer has ids.
+    """
+
+    def __init__(self, model: Transformer, prompts: Sequence[list[int]], copies: int = 1, vocab: int | None = None):
+        self.model, self.vocab = model, vocab
+        self.device = model.embedding.weight.device
+        self.memory = model.memory(len(prompts))
+        self.logits_BP = self._forward([token for ids in prompts for token in ids], [len(ids) for ids in prompts])
+        if copies > 1:
+            self.keep([row for row in range(len(prompts)) for _ in range(copies)])
+            self.logits_BP = self.logits_BP.repeat_interleave(copies, 0)
+
+    def keep(self, rows: list[int]) -> None:
+        """Go on with these sequences only; a row named twice goes on twice."""
+        self.memory.keep(rows)
+
+    def advance(self, tokens: list[int]) -> None:
+        """One more token for every sequence."""
+        self.logits_BP = self._forward(tokens, [1] * len(tokens))
+
+    def _forward(self, tokens: list[int], lengths: list[int]) -> Tensor:
+        stream = Stream.of_lengths(lengths, self.device, self.memory)
+        hidden_TD = self.model(torch.tensor(tokens, device=self.device), stream).hidden_TD
+        if stream.max_len > 1:
+            hidden_TD = hidden_TD[stream.cu_seqlens[1:] - 1]
+        return self.model.logits(hidden_TD)[:, : self.vocab]
+
+
+@torch.inference_mode()
+def decode_tokens(model: Transformer, prompts: Sequence[list[int]], new: int) -> list[list[int]]:
+    """The likeliest ``new`` tokens after each prompt, chosen one by one, without text or stop rules."""
+    batch, greedy = Batch(model, prompts), [Sampling(temperature=0)] * len(prompts)
+    steps = [choose(batch.logits_BP, greedy, [0.0] * len(prompts))]
+    while len(steps) < new:
+        batch.advance(steps[-1])
+        steps.append(choose(batch.logits_BP, greedy, [0.0] * len(prompts)))
+    return [list(tokens) for tokens in zip(*steps, strict=True)]
+
+
 class Generator:
     """Writes with a model. ``stats`` describes the last call.
 
@@ -72,7 +117,6 @@ class Generator:
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer):
         self.model, self.tokenizer = model.eval(), tokenizer
-        self.device = model.embedding.weight.device
         self.vocab = min(tokenizer.vocab_size, model.spec.vocab)
         self.stats = Stats()
 
@@ -125,33 +169,20 @@ class Generator:
         if not answers:
             return
         began = time.perf_counter()
-        memory = self.model.memory(len(prompts))
-        logits_BP = self._forward([token for ids in prompts for token in ids], list(map(len, prompts)), memory)
-        if n > 1:
-            copies = [row for row in range(len(prompts)) for _ in range(n)]
-            memory.keep(copies)
-            logits_BP = logits_BP[copies]
+        batch = Batch(self.model, prompts, n, self.vocab)
         while True:
-            tokens = choose(logits_BP, [a.sampling for a in answers], [a.uniform() for a in answers])
+            tokens = choose(batch.logits_BP, [a.sampling for a in answers], [a.uniform() for a in answers])
             step = [(answer, answer.take(token)) for answer, token in zip(answers, tokens, strict=True)]
             rows = [row for row, answer in enumerate(answers) if answer.finish_reason is None]
-            self._count(stats, memory, len(answers), len(rows), time.perf_counter() - began)
+            self._count(stats, batch.memory, len(answers), len(rows), time.perf_counter() - began)
             yield step
             if not rows:
                 return
             began = time.perf_counter()
             if len(rows) < len(answers):
-                memory.keep(rows)
+                batch.keep(rows)
                 answers = [answers[row] for row in rows]
-            logits_BP = self._forward([answer.tokens[-1] for answer in answers], [1] * len(answers), memory)
-
-    def _forward(self, tokens: list[int], lengths: list[int], memory: Memory) -> Tensor:
-        """Logits ``[B, P]`` after each sequence's last token."""
-        stream = Stream.of_lengths(lengths, self.device, memory)
-        hidden_TD = self.model(torch.tensor(tokens, device=self.device), stream).hidden_TD
-        if stream.max_len > 1:
-            hidden_TD = hidden_TD[stream.cu_seqlens[1:] - 1]
-        return self.model.logits(hidden_TD)[:, : self.vocab]
+            batch.advance([answer.tokens[-1] for answer in answers])
 
     @staticmethod
     def _count(stats: Stats, memory: Memory, new: int, left: int, seconds: float) -> None:
