@@ -427,7 +427,7 @@ def _from_text(text: str, where: str, fields: dict[str, Any], reading: Reading) 
         raw = text.encode()
     if len(raw) > reading.max_line:
         raise _too_long("text", where, reading)
-    return Document(text, None, where, _title(fields, where), len(raw), _key(raw))
+    return Document(text, None, where, _title(fields, where), len(raw), content_key(raw))
 
 
 def _from_ids(ids: Any, where: str, fields: dict[str, Any]) -> Document | None:
@@ -435,7 +435,7 @@ def _from_ids(ids: Any, where: str, fields: dict[str, Any]) -> Document | None:
     if not whole:
         raise _BadRow("field 'input_ids' is no list of token ids", where=where, got=_name(ids))
     array = np.array(ids, np.uint32)
-    return Document("", array, where, _title(fields, where), 0, _key(array.tobytes())) if ids else None
+    return Document("", array, where, _title(fields, where), 0, content_key(array.tobytes())) if ids else None
 
 
 def _title(fields: dict[str, Any], where: str) -> str:
@@ -443,7 +443,8 @@ def _title(fields: dict[str, Any], where: str) -> str:
     return str(title)[:200] if isinstance(title, str | int) else where
 
 
-def _key(raw: bytes) -> int:
+def content_key(raw: bytes) -> int:
+    """64 bits of the SHA-256: equal content, equal key."""
     return int.from_bytes(hashlib.sha256(raw).digest()[:8], "little")
 
 

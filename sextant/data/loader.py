@@ -158,11 +158,15 @@ class Loader:
 
 @dataclass(frozen=True)
 class Row:
-    """One row: arrays of ``seq_len``; ``starts_T`` is true where the row, a piece or the padding begins."""
+    """One row: arrays of ``seq_len``; ``starts_T`` is true where the row, a piece or the padding begins.
+
+    ``used`` inputs come from documents, the others are padding.
+    """
 
     tokens_T: np.ndarray
     targets_T: np.ndarray
     starts_T: np.ndarray
+    used: int
 
 
 def fill(pieces: list[Piece], shards: Shards, data: Data) -> Row:
@@ -179,7 +183,7 @@ def fill(pieces: list[Piece], shards: Shards, data: Data) -> Row:
     targets[at - 1 :] = IGNORE
     if data.mask_documents:
         targets[starts[1:]] = IGNORE
-    return Row(tokens[:-1], targets, starts[:-1])
+    return Row(tokens[:-1], targets, starts[:-1], min(at, data.seq_len))
 
 
 def _batch(rows: list[Row], data: Data, samples: tuple[int, ...]) -> Batch:

@@ -21,7 +21,7 @@ import numpy as np
 
 from sextant.core import fs
 from sextant.core.errors import DataError, SextantError, UsageError
-from sextant.data.corpus import Corpus, Document, Reading
+from sextant.data.corpus import Corpus, Document, Reading, content_key
 from sextant.data.dataset import INDEX, File, Index, Shards, Source, Split, shard_name
 from sextant.data.order import mix
 from sextant.data.progress import Progress
@@ -190,7 +190,7 @@ class Survey:
 def choose(sizes_N: np.ndarray, rank_N: np.ndarray, share: float) -> np.ndarray:
     """Bool [N]: which documents to hold out, in order of ``rank_N``, until their bytes are nearest to ``share``.
 
-    At least one (the smallest when each would be too much), never all. Order of size matters to nobody else.
+    At least one (the smallest when each would be too much), never all.
     """
     order = np.argsort(rank_N, kind="stable")[: len(sizes_N) - 1]
     target = share * sizes_N.sum()
@@ -225,9 +225,8 @@ def _cut(document: Document, share: float) -> Iterator[Document]:
     for name, part in (("start", slice(0, at)), ("end", slice(at, None))):
         ids = None if document.ids is None else document.ids[part]
         raw = document.text[part].encode() if ids is None else ids.tobytes()
-        key = int.from_bytes(hashlib.sha256(raw).digest()[:8], "little")
         title, size = f"{document.title} ({name})", len(raw) if ids is None else 0
-        yield replace(document, text=document.text[part], ids=ids, title=title, size=size, key=key)
+        yield replace(document, text=document.text[part], ids=ids, title=title, size=size, key=content_key(raw))
 
 
 def _weight(document: Document) -> int:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from types import TracebackType
 
 from sextant.core import units
+from sextant.data.corpus import Document
 
 _EVERY = 10.0  # seconds between lines in a log
 
@@ -31,6 +33,12 @@ class Progress:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if self._live is not None:
             self._live.stop()
+
+    def over(self, documents: Iterable[Document]) -> Iterator[Document]:
+        """The same documents, counted as they pass."""
+        for document in documents:
+            self.add(document.size)
+            yield document
 
     def add(self, size: int) -> None:
         """One more document of ``size`` bytes."""
