@@ -73,7 +73,7 @@ def _bias_at(q_T: Tensor, k_S: Tensor, span: Span, scores: Scores, like: Tensor)
         return mask
     distance = (q_T[..., :, None] - k_S[..., None, :]).unsqueeze(-3)
     bias = -scores.slopes_H[:, None, None] * distance
-    return bias.masked_fill(~mask.unsqueeze(-3), -math.inf).to(like.dtype)
+    return bias.masked_fill(~mask.unsqueeze(-3), -math.inf).to(torch.promote_types(like.dtype, torch.float32))
 
 
 def _blocked(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTV: Tensor, window: int, scale: float) -> Tensor:
@@ -149,12 +149,13 @@ def _mask(keys: Keys, position_BT: Tensor, span: Span, copies: int, dtype: torch
 
 def _over_buffers(q_THK: Tensor, keys: Keys, position_T: Tensor, rows: int, span: Span, scores: Scores) -> Tensor:
     heads, groups = q_THK.shape[1], keys.k.shape[1]
-    q_BGNTK = q_THK.unflatten(0, (rows, -1)).transpose(1, 2).unflatten(1, (groups, heads // groups))
+    # The queries of the heads of one group follow each other as rows, so that the group's keys are read once.
+    q_BGTK = q_THK.unflatten(0, (rows, -1)).transpose(1, 2).unflatten(1, (groups, -1)).flatten(2, 3)
     position_BT = position_T.unflatten(0, (rows, -1))
     if scores.slopes_H is not None:
         bias = _bias_at(position_BT, _positions(keys), span, scores, q_THK)
         bias = bias.unflatten(1, (groups, heads // groups)).flatten(2, 3)
     else:
         bias = None if keys.exact else _mask(keys, position_BT, span, heads // groups, q_THK.dtype)
-    o = _sdpa(q_BGNTK.flatten(2, 3), keys.k, keys.v, scores.scale, bias)
+    o = _sdpa(q_BGTK, keys.k, keys.v, scores.scale, bias)
     return o.unflatten(2, (heads // groups, -1)).flatten(1, 2).transpose(1, 2).flatten(0, 1)
