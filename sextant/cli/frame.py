@@ -99,4 +99,4 @@ def console(stderr: bool = False) -> Console:
     from rich.console import Console
 
     stream = sys.stderr if stderr else sys.stdout
-    return Console(file=stream, width=None if stream.isatty() else 80, highlight=False)
+    return Console(file=stream, width=None if stream.isatty() else 80, highlight=False, markup=False)
