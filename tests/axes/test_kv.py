@@ -1,0 +1,71 @@
+"""Grouped heads: repeating KV heads is MHA, query-key norm bounds scores, declarations that cannot be are refused."""
+
+import pytest
+import torch
+from cases import built, close, model_spec, random_tokens, run
+
+from sextant.axes.attention import Full, Window
+from sextant.axes.capacity import Dense
+from sextant.axes.kv import GQA, RoPE
+from sextant.axes.stability import RMSNorm
+from sextant.core.errors import UsageError
+from sextant.core.stream import Stream
+from sextant.model.spec import Layer
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3])
+@pytest.mark.parametrize("pattern", [Full(), Window(window=3)], ids=["full", "window"])
+def test_repeated_kv_heads_make_multi_head_attention(groups, pattern):
+    """Query head h reads KV head h // (H / G)."""
+    grouped = built(pattern, GQA(heads=6, kv_heads=groups, head_dim=4, bias=True), layers=1)
+    spec = model_spec(
+        Layer(attention=pattern, kv=GQA(heads=6, kv_heads=6, head_dim=4, bias=True), feed_forward=Dense(hidden=9))
+    )
+    multi = spec.build().double()
+    weights = dict(grouped.state_dict())
+    for name in [name for name in weights if ".kv.k." in name or ".kv.v." in name]:
+        weights[name] = weights[name].unflatten(0, (groups, 4)).repeat_interleave(6 // groups, 0).flatten(0, 1)
+    multi.load_state_dict(weights)
+    tokens_T = random_tokens(9)
+    close(run(multi, tokens_T, [9]), run(grouped, tokens_T, [9]))
+
+
+def test_query_key_norm_forgets_the_scale_of_the_projections():
+    kv = GQA(heads=4, kv_heads=2, head_dim=8, qk_norm=RMSNorm(eps=1e-12))
+    layer = Layer(kv=kv, feed_forward=Dense(hidden=9))
+    model, tokens_T = model_spec(layer).build(seed=1).double(), random_tokens(9)
+    before_TP = run(model, tokens_T, [9])
+    with torch.no_grad():
+        model.blocks[0].attention.kv.q.weight.mul_(100)  # type: ignore[union-attr]
+        model.blocks[0].attention.kv.k.weight.mul_(0.01)  # type: ignore[union-attr]
+    close(run(model, tokens_T, [9]), before_TP, 1e-7)
+
+
+def test_query_key_norm_bounds_the_scores():
+    """|score| <= sqrt(K) whatever the rows are, at gain 1."""
+    kv = GQA(heads=4, kv_heads=2, head_dim=8, qk_norm=RMSNorm())
+    model = built(Full(), kv, layers=1)
+    module = model.blocks[0].attention.kv  # type: ignore[union-attr]
+    q, k, _ = module.project(1e3 * torch.randn(20, 10, dtype=torch.float64), Stream.of_lengths([20]))
+    scores = torch.einsum("thk,shk->hts", q, k.repeat_interleave(2, 1)) * 8**-0.5
+    assert scores.abs().max() <= 8**0.5 + 1e-9
+
+
+def test_scale_is_what_scores_are_multiplied_by():
+    assert built(Full(), GQA(heads=4, kv_heads=1, head_dim=6, scale=0.3)).blocks[0].attention.kv.scores.scale == 0.3  # type: ignore[union-attr]
+    assert built(Full(), GQA(heads=4, kv_heads=1, head_dim=16)).blocks[0].attention.kv.scores.scale == 0.25  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"heads": 4, "kv_heads": 3, "head_dim": 8}, "kv_heads 3 must divide heads 4"),
+        ({"heads": 4, "kv_heads": 2, "head_dim": 7}, "rotary width 7 must be even"),
+        ({"heads": 4, "kv_heads": 2, "head_dim": 6, "position": RoPE(fraction=0.5)}, "rotary width 3 must be even"),
+        ({"heads": 0, "kv_heads": 1, "head_dim": 8}, "heads"),
+        ({"heads": 4, "kv_heads": 2, "head_dim": 8, "scale": -1.0}, "scale"),
+    ],
+)
+def test_impossible_heads_are_refused(fields, words):
+    with pytest.raises(UsageError, match=words):
+        GQA.parse(fields)
