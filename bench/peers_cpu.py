@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -35,16 +36,17 @@ ROWS, LENGTH = 8, 256
 PROMPT, NEW = 64, 128
 
 
-def their_config(spec: ModelSpec) -> transformers.PretrainedConfig:
+def their_config(spec: ModelSpec) -> Any:
     """The same shape as a transformers configuration."""
-    layer = spec.layers[0]
-    common = dict(
-        vocab_size=spec.vocab, hidden_size=spec.width, num_hidden_layers=len(spec.layers),
-        num_attention_heads=layer.kv.heads, num_key_value_heads=layer.kv.kv_heads, head_dim=layer.kv.head_dim,
-        intermediate_size=layer.feed_forward.hidden, max_position_embeddings=spec.context, rms_norm_eps=1e-5,
-        rope_parameters={"rope_type": "default", "rope_theta": layer.kv.position.base}, tie_word_embeddings=False,
-        bos_token_id=1, eos_token_id=None, pad_token_id=0,
-    )
+    layer: Any = spec.layers[0]
+    common: dict[str, Any] = {
+        "vocab_size": spec.vocab, "hidden_size": spec.width, "num_hidden_layers": len(spec.layers),
+        "num_attention_heads": layer.kv.heads, "num_key_value_heads": layer.kv.kv_heads,
+        "head_dim": layer.kv.head_dim, "intermediate_size": layer.feed_forward.hidden,
+        "max_position_embeddings": spec.context, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
+        "rope_parameters": {"rope_type": "default", "rope_theta": layer.kv.position.base},
+        "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0,
+    }
     if layer.feed_forward.kind == "dense":
         return transformers.LlamaConfig(**common)
     experts = layer.feed_forward
@@ -56,7 +58,7 @@ def their_config(spec: ModelSpec) -> transformers.PretrainedConfig:
 
 def their_step(spec: ModelSpec, dtype: torch.dtype) -> Callable[[torch.Tensor], None]:
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(their_config(spec), dtype=dtype).train()
+    model: Any = transformers.AutoModelForCausalLM.from_config(their_config(spec), dtype=dtype).train()
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
 
     def step(tokens_BT: torch.Tensor) -> None:
@@ -105,8 +107,8 @@ def decode_rates(run: Run, dtype: torch.dtype, batch: int, rounds: int) -> dict[
     ours = run.model.build(run.numerics).eval()
     if dtype is torch.bfloat16:
         lower_weights(ours)
-    theirs = transformers.AutoModelForCausalLM.from_config(their_config(run.model), dtype=dtype).eval()
-    options = dict(max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, use_cache=True, pad_token_id=0)
+    theirs: Any = transformers.AutoModelForCausalLM.from_config(their_config(run.model), dtype=dtype).eval()
+    options = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "use_cache": True, "pad_token_id": 0}
     times: dict[str, list[float]] = {"ours": [], "theirs": []}
     for turn in range(rounds + 1):
         prompt_BT = torch.randint(2, run.model.vocab, (batch, PROMPT))
@@ -150,7 +152,8 @@ def main() -> None:
 
 def print_row(row: tuple[str, str, str, float, float]) -> None:
     name, label, job, ours, theirs = row
-    print(f"{name:14} {label:5} {job:16} ours {ours:9.0f}  theirs {theirs:9.0f}  ratio {ours / theirs:5.2f}", flush=True)
+    rates = f"ours {ours:9.0f}  theirs {theirs:9.0f}  ratio {ours / theirs:5.2f}"
+    print(f"{name:14} {label:5} {job:16} {rates}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""``sextant demo``: the main job in about two minutes: train the twin of MAI-Base-1 on the bundled books, then write."""
+"""``sextant demo``: the main job in about two minutes: train the twin of MAI-Base-1 on the books, then let it write."""
 
 from __future__ import annotations
 

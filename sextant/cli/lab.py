@@ -17,7 +17,7 @@ def lab() -> None:
 
 @app.command()
 def compare(
-    runs: Annotated[list[str], typer.Argument(metavar="RECIPE_OR_RUN...", help="Two or more; the last is the control.")],
+    runs: Annotated[list[str], typer.Argument(metavar="RECIPE_OR_RUN...", help="The last is the control.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for runs, table and plot.")],
     seeds: Annotated[int, typer.Option(help="How many seeds, from 0.", min=1)] = 3,
     settings: Annotated[list[str] | None, typer.Option("--set", help="path=value for every run.")] = None,

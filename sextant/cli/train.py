@@ -1,4 +1,4 @@
-"""``sextant train``: the main job. A recipe or a run file in, a run folder out; the same command goes on after a stop."""
+"""``sextant train``: the main job. From a recipe or a run file to a run folder; the same command goes on."""
 
 from __future__ import annotations
 

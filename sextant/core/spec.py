@@ -150,7 +150,8 @@ class _Loader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key '{key}' is written twice", key_node.start_mark)
+                problem = f"key '{key}' is written twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -206,9 +207,7 @@ def _path(loc: Sequence[str | int], data: Any) -> str:
     for step in loc:
         if isinstance(step, int):
             path += f"[{step}]"
-        elif isinstance(data, Mapping) and step not in data and step == data.get("kind"):
-            continue
-        elif isinstance(data, BaseModel) and step == getattr(data, "kind", None):
+        elif _is_tag(step, data):
             continue
         else:
             path += f".{step}"
@@ -216,9 +215,16 @@ def _path(loc: Sequence[str | int], data: Any) -> str:
     return path.lstrip(".")
 
 
+def _is_tag(step: str, data: Any) -> bool:
+    """Whether a step of the location names the kind of the record it is in, and not one of its fields."""
+    if isinstance(data, Mapping):
+        return step not in data and step == data.get("kind")
+    return isinstance(data, BaseModel) and step == getattr(data, "kind", None)
+
+
 def _step_into(data: Any, step: str | int) -> Any:
     try:
-        return data[step] if isinstance(data, Mapping | Sequence) else getattr(data, str(step))
+        return getattr(data, str(step)) if isinstance(data, BaseModel) else data[step]
     except (KeyError, IndexError, TypeError, AttributeError):
         return None
 

@@ -1,7 +1,7 @@
 """The ragged stream: the one layout that every layer inside a model sees.
 
-T tokens of B sequences lie end to end; ``cu_seqlens`` says where each begins. A packed row of documents, a padded batch,
-a prompt, a chunk of a prompt and one decoding step are all such streams, so one ``forward`` serves them all.
+T tokens of B sequences lie end to end; ``cu_seqlens`` says where each begins. A packed row of documents, a padded
+batch, a prompt, a chunk of a prompt and one decoding step are all such streams, so one ``forward`` serves them all.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ class Stream:
     turns: dict[Hashable, tuple[Tensor, Tensor]] = field(default_factory=dict, compare=False)
 
     @classmethod
-    def of_lengths(cls, lengths: Sequence[int], device: torch.device | str = "cpu", memory: Memory | None = None) -> Stream:
+    def of_lengths(
+        cls, lengths: Sequence[int], device: torch.device | str = "cpu", memory: Memory | None = None
+    ) -> Stream:
         """A stream of sequences with these lengths, each after what ``memory`` already holds of it."""
         starts = memory.lengths if memory is not None else [0] * len(lengths)
         pieces = [torch.arange(start, start + length) for start, length in zip(starts, lengths, strict=True)]

@@ -337,10 +337,13 @@ def _read_lines(path: Path, reading: Reading) -> Iterator[_Row]:
             if number == 1:
                 _refuse_wide(raw, path)
                 raw = raw.removeprefix(_UTF8_MARK)
-            if raw.strip():
+            whole = raw.endswith(b"\n")
+            raw = raw.rstrip(b"\r\n")
+            if raw and not raw.isspace():
                 yield _Line(path, number, raw)
-            while len(raw) > reading.max_line and not raw.endswith(b"\n"):
+            while raw and not whole:
                 raw = file.readline(reading.max_line + 1)
+                whole = raw.endswith(b"\n")
 
 
 def _read_table(path: Path, reading: Reading) -> Iterator[_Row]:

@@ -31,12 +31,12 @@ class Data(Spec):
     """
 
     source: str = BOOKS
-    vocab: int = Field(4096, ge=MIN_VOCAB, lt=2**31)
+    vocab: int = Field(default=4096, ge=MIN_VOCAB, lt=2**31)
     seq_len: int = Field(ge=1, le=2**24)
     packing: Literal["concat", "best_fit"] = "concat"
     mask_documents: bool = True
-    epochs: int | None = Field(None, ge=1)
-    seed: int = Field(0, ge=0, lt=2**63)
+    epochs: int | None = Field(default=None, ge=1)
+    seed: int = Field(default=0, ge=0, lt=2**63)
 
     @field_validator("source")
     @classmethod

@@ -26,7 +26,7 @@ END_OF_TEXT = (
 """Names of the token that ends a document, tried in this order when the tokenizer's folder does not say."""
 
 _PIECE = 1 << 16  # characters given to the library at once: bounds its memory and keeps odd text linear in time
-_GROUP = 64  # pieces per library call
+_GROUP = 16  # pieces per library call
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # how vocabularies with byte fallback spell a byte
 
 

@@ -36,7 +36,7 @@ class Arm:
 
 
 def compare(runs: Sequence[Run], seeds: Sequence[int], out: Path, say: Callable[[str], None]) -> list[Arm]:
-    """Train every run at every seed, seed by seed; resumes where it was stopped. Writes ``results.csv`` and ``curves.png``."""
+    """Train every run at every seed; resumes where it was stopped. Writes ``results.csv`` and ``curves.png``."""
     results: dict[str, list[float]] = {run.name: [] for run in runs}
     for seed in seeds:
         for run in runs:
@@ -84,7 +84,9 @@ def _write_csv(path: Path, arms: Sequence[Arm], seeds: Sequence[int]) -> None:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["run", "params", "active_params", "seed", "bpb"])
-    writer.writerows((arm.name, arm.params, arm.active_params, s, x) for arm in arms for s, x in zip(seeds, arm.bpb, strict=True))
+    for arm in arms:
+        sizes = (arm.name, arm.params, arm.active_params)
+        writer.writerows((*sizes, seed, value) for seed, value in zip(seeds, arm.bpb, strict=True))
     fs.write_text(path, text.getvalue())
 
 

@@ -62,11 +62,13 @@ class ModelSpec(Spec):
     layers: tuple[Layer, ...] = Field(min_length=1)
     final_norm: AnyNorm = RMSNorm()
     tied: bool = False
-    embedding_scale: float = Field(1.0, gt=0)
-    softcap: float | None = Field(None, gt=0)
+    embedding_scale: float = Field(default=1.0, gt=0)
+    softcap: float | None = Field(default=None, gt=0)
     init: AnyInit = NormalInit()
 
-    def build(self, numerics: Numerics | None = None, *, device: torch.device | str = "cpu", seed: int = 0) -> Transformer:
+    def build(
+        self, numerics: Numerics | None = None, *, device: torch.device | str = "cpu", seed: int = 0
+    ) -> Transformer:
         """A model with fresh parameters; ``device="meta"`` gives shapes without memory."""
         from sextant.model.transformer import build
 

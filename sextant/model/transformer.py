@@ -1,4 +1,4 @@
-"""The one forward of the project: embed, blocks, norm, head. Training, prefill, chunked prefill and decode all use it."""
+"""The one forward of the project: embed, blocks, norm, head. Training, prefill, chunks and decode all use it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from sextant.axes.kv.position import Rotary
 from sextant.axes.numerics import Numerics
 from sextant.axes.routing import Routing
 from sextant.axes.stability import Embedding, Linear, Role, initialise
@@ -43,7 +44,7 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(layer, spec.width, numerics, i) for i, layer in enumerate(spec.layers))
         self.norm = spec.final_norm.build(spec.width)
         self.head = None if spec.tied else Linear(spec.width, spec.vocab, Role.HEAD)
-        self.rotaries = {m.code: m for m in self.modules() if hasattr(m, "turns")}
+        self.rotaries = {module.code: module for module in self.modules() if isinstance(module, Rotary)}
 
     @property
     def head_PD(self) -> Tensor:
@@ -86,7 +87,8 @@ class Transformer(nn.Module):
         """Logits ``[B, T, P]`` of a padded batch in the ecosystem's layout; rows past a length are left at 0."""
         batch, longest = tokens_BT.shape
         lengths = [longest] * batch if lengths is None else list(lengths)
-        real_BT = torch.arange(longest, device=tokens_BT.device) < torch.tensor(lengths, device=tokens_BT.device)[:, None]
+        device = tokens_BT.device
+        real_BT = torch.arange(longest, device=device) < torch.tensor(lengths, device=device)[:, None]
         stream = Stream.of_lengths(lengths, tokens_BT.device)
         logits_TP = self.logits(self(tokens_BT[real_BT], stream).hidden_TD)
         padded_BTP = logits_TP.new_zeros(batch, longest, self.spec.vocab)

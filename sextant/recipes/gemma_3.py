@@ -24,7 +24,7 @@ def model(
     name: str, *, layers: int, width: int, heads: int, kv_heads: int, head_dim: int, hidden: int, window: int,
     vocab: int = 262_144, context: int = 131_072, stretch: float | None = 8.0, score_width: int | None = None,
 ) -> ModelSpec:
-    """Any size of the family; ``stretch`` interpolates positions in the global layers, ``score_width`` is under the root."""
+    """Any size; ``stretch`` divides positions in the global layers, scores are scaled by ``score_width ** -0.5``."""
     scaling = LinearScaling(factor=stretch) if stretch else None
 
     def kv(position: RoPE) -> GQA:

@@ -13,11 +13,17 @@ from sextant.train.run import Run
 NORM = RMSNorm(eps=1e-5)
 
 
-def experts(hidden: int) -> Experts:
-    """Eight experts of this width; the released configuration's balance coefficient is 0.02."""
-    return Experts(
-        experts=8, hidden=hidden, router=SoftmaxTopK(top_k=2, normalize=True), balance=(Auxiliary(coef=0.02),)
-    )
+RELEASED_COEF, TOP_K = 0.02, 2
+
+
+def experts(hidden: int, layers: int) -> Experts:
+    """Eight experts of this width.
+
+    The released coefficient weighs a loss that is averaged over layers and is ``TOP_K`` under perfect balance; ours is
+    added up over layers and is 1 there.
+    """
+    balance = (Auxiliary(coef=RELEASED_COEF * TOP_K / layers),)
+    return Experts(experts=8, hidden=hidden, router=SoftmaxTopK(top_k=TOP_K, normalize=True), balance=balance)
 
 
 def paper() -> Run:
@@ -25,7 +31,7 @@ def paper() -> Run:
     return published_only(ModelSpec(
         name="mixtral-8x7b", vocab=32_000, width=4096, context=32_768, final_norm=NORM,
         layers=stack(
-            32, kv=GQA(heads=32, kv_heads=8, head_dim=128, position=RoPE(base=1e6)), feed_forward=experts(14_336),
+            32, kv=GQA(heads=32, kv_heads=8, head_dim=128, position=RoPE(base=1e6)), feed_forward=experts(14_336, 32),
             residual=PreNorm(norm=NORM),
         ),
     ))
@@ -36,7 +42,7 @@ def twin() -> Run:
     return twin_run(ModelSpec(
         name="mixtral-8x7b-twin", vocab=4096, width=128, context=512, final_norm=NORM,
         layers=stack(
-            4, kv=GQA(heads=4, kv_heads=2, head_dim=32, position=RoPE(base=1e6)), feed_forward=experts(192),
+            4, kv=GQA(heads=4, kv_heads=2, head_dim=32, position=RoPE(base=1e6)), feed_forward=experts(192, 4),
             residual=PreNorm(norm=NORM),
         ),
     ))

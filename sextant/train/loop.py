@@ -18,6 +18,7 @@ from sextant.core.cost import At
 from sextant.core.errors import NumericsError, Stopped
 from sextant.data.loader import Batch, Loader, heldout
 from sextant.data.prepare import opened
+from sextant.data.tokenizer import Tokenizer
 from sextant.kernels.loss import IGNORE
 from sextant.model.transformer import Transformer
 from sextant.train import checkpoint
@@ -30,7 +31,7 @@ from sextant.train.status import Clock, StepReport, memory_in_use
 from sextant.train.watch import SpikeWatch, first_non_finite, non_finite_gradients
 
 Say = Callable[[str], None]
-Sampler = Callable[[Transformer, str], str]
+Sampler = Callable[[Transformer, Tokenizer, str], str]
 
 
 def to_stderr(line: str) -> None:
@@ -61,6 +62,8 @@ class Trainer:
         self.step, self.tokens, self.seconds, self.saved = 0, 0, 0.0, None
         self._prepare_folder()
         self._resume()
+        if run.schedule.warmup >= run.steps:
+            say(f"note: warm-up takes {run.schedule.warmup} steps, the run only {run.steps}")
         if run.compile if run.compile is not None else self.device.type == "cuda":
             for block in self.model.blocks:
                 block.compile(dynamic=False)
@@ -196,7 +199,7 @@ class Trainer:
     def _sample(self) -> None:
         if self.sampler is None:
             return
-        text = self.sampler(self.model, self.run.prompt)
+        text = self.sampler(self.model, self.tokenizer, self.run.prompt)
         self.folder.sample(self.step, text)
         self.say("  sample: " + " / ".join(text.split("\n"))[:100])
 

@@ -45,7 +45,7 @@ class Load:
 
 
 class Balance:
-    """Copies per expert and MoE layer over one optimiser step; lives outside forward, so recomputation cannot count twice."""
+    """Copies per expert and MoE layer over one step; lives outside forward, so recomputation cannot count twice."""
 
     def __init__(self, model: ModelSpec):
         self.terms = {
@@ -86,7 +86,13 @@ def _load(counts: list[int]) -> Load:
 
 
 def micro_loss(
-    model: Transformer, tokens_T: Tensor, targets_T: Tensor, stream: Stream, balance: Balance, predicted: int, tokens: int
+    model: Transformer,
+    tokens_T: Tensor,
+    targets_T: Tensor,
+    stream: Stream,
+    balance: Balance,
+    predicted: int,
+    tokens: int,
 ) -> MicroLoss:
     """Forward of one micro-batch.
 

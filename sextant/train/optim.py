@@ -24,9 +24,9 @@ _ORTHOGONAL = (Role.ATTENTION_IN, Role.ATTENTION_OUT, Role.FF_IN, Role.FF_OUT)
 class Decay(Spec):
     """Weight decay by role; gains and biases have none."""
 
-    default: float = Field(0.1, ge=0)
-    attention: float | None = Field(None, ge=0)
-    embedding: float | None = Field(None, ge=0)
+    default: float = Field(default=0.1, ge=0)
+    attention: float | None = Field(default=None, ge=0)
+    embedding: float | None = Field(default=None, ge=0)
 
     def of(self, role: Role) -> float:
         """Decay of a parameter with this role."""
@@ -41,9 +41,9 @@ class AdamW(Spec):
     """AdamW (1711.05101) with decay by role."""
 
     kind: Literal["adamw"] = "adamw"
-    lr: float = Field(3e-3, gt=0)
+    lr: float = Field(default=3e-3, gt=0)
     betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = Field(1e-8, gt=0)
+    eps: float = Field(default=1e-8, gt=0)
     decay: Decay = Decay()
 
     def build(self, model: nn.Module) -> Optimiser:
@@ -63,8 +63,8 @@ class Muon(Spec):
     """
 
     kind: Literal["muon"] = "muon"
-    lr: float = Field(0.02, gt=0)
-    momentum: float = Field(0.95, ge=0, lt=1)
+    lr: float = Field(default=0.02, gt=0)
+    momentum: float = Field(default=0.95, ge=0, lt=1)
     adamw: AdamW = AdamW()
 
     def build(self, model: nn.Module) -> Optimiser:

@@ -22,8 +22,8 @@ class Batch(Spec):
     ``ramp`` holds (step, rows) pairs: before that step the batch has that many rows.
     """
 
-    rows: int = Field(8, ge=1)
-    micro_rows: int = Field(8, ge=1)
+    rows: int = Field(default=8, ge=1)
+    micro_rows: int = Field(default=8, ge=1)
     ramp: tuple[tuple[int, int], ...] = ()
 
     @model_validator(mode="after")
@@ -46,9 +46,9 @@ class Spikes(Spec):
     Judged once half the window is full. ``patience`` skips in a row end the run with exit code 5.
     """
 
-    window: int = Field(128, ge=4)
-    sigmas: float = Field(6.0, gt=0)
-    patience: int = Field(10, ge=1)
+    window: int = Field(default=128, ge=4)
+    sigmas: float = Field(default=6.0, gt=0)
+    patience: int = Field(default=10, ge=1)
 
 
 class Run(Spec):
@@ -63,19 +63,19 @@ class Run(Spec):
     schedule: AnySchedule = Cosine()
     batch: Batch = Batch()
     steps: int = Field(ge=1)
-    clip: float | None = Field(1.0, gt=0)
+    clip: float | None = Field(default=1.0, gt=0)
     spikes: Spikes = Spikes()
-    seed: int = Field(0, ge=0)
-    compile: bool | None = Field(None, description="torch.compile; None: on a GPU only")
-    recompute: bool = Field(False, description="recompute each block in backward instead of keeping activations")
-    log_every: int = Field(1, ge=1)
-    eval_every: int = Field(100, ge=1)
-    eval_tokens: int = Field(65_536, ge=1, description="held-out tokens per evaluation during training; the last uses all")
-    sample_every: int = Field(100, ge=1)
+    seed: int = Field(default=0, ge=0)
+    compile: bool | None = Field(default=None, description="torch.compile; None: on a GPU only")
+    recompute: bool = Field(default=False, description="recompute blocks in backward")
+    log_every: int = Field(default=1, ge=1)
+    eval_every: int = Field(default=100, ge=1)
+    eval_tokens: int = Field(default=65_536, ge=1, description="held-out tokens per evaluation; the last uses all")
+    sample_every: int = Field(default=100, ge=1)
     prompt: str = "The "
-    save_every: int = Field(100, ge=1)
-    keep: int = Field(2, ge=2, description="newest checkpoints kept")
-    keep_every: int | None = Field(None, ge=1, description="checkpoints at multiples of this step are never removed")
+    save_every: int = Field(default=100, ge=1)
+    keep: int = Field(default=2, ge=2, description="newest checkpoints kept")
+    keep_every: int | None = Field(default=None, ge=1, description="multiples of this step are never removed")
 
 
 RESUMABLE = (
@@ -98,12 +98,6 @@ def check_run(run: Run) -> None:
             "sequences are longer than the model's context",
             where="data.seq_len", got=run.data.seq_len, expected=f"at most model.context {run.model.context}",
             fix="Lower data.seq_len or raise model.context",
-        )
-    if run.schedule.warmup >= run.steps and run.schedule.warmup:
-        raise UsageError(
-            "warm-up lasts the whole run",
-            where="schedule.warmup", got=run.schedule.warmup, expected=f"below steps {run.steps}",
-            fix="Lower schedule.warmup or raise steps",
         )
 
 

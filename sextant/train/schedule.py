@@ -11,8 +11,8 @@ from sextant.core.spec import Spec
 
 
 class _Schedule(Spec):
-    warmup: int = Field(0, ge=0, description="steps of linear warm-up")
-    final: float = Field(0.1, ge=0, le=1, description="share of the peak rate at the end")
+    warmup: int = Field(default=0, ge=0, description="steps of linear warm-up")
+    final: float = Field(default=0.1, ge=0, le=1, description="share of the peak rate at the end")
 
     def factor(self, step: int, steps: int) -> float:
         """Factor for optimiser step ``step`` (from 0) of ``steps``."""
@@ -39,7 +39,7 @@ class WSD(_Schedule):
     """Warm-up, stable, decay: the peak until the last ``decay`` of the steps, then linear to ``final``."""
 
     kind: Literal["wsd"] = "wsd"
-    decay: float = Field(0.2, gt=0, le=1)
+    decay: float = Field(default=0.2, gt=0, le=1)
 
     def after(self, step: int, steps: int) -> float:
         left = (steps - step) / (self.decay * steps)
@@ -51,7 +51,7 @@ class Steps(_Schedule):
 
     kind: Literal["steps"] = "steps"
     at: tuple[float, ...] = (0.8, 0.9)
-    factor_each: float = Field(0.316, gt=0, le=1)
+    factor_each: float = Field(default=0.316, gt=0, le=1)
 
     @model_validator(mode="after")
     def _ascending(self) -> Steps:

@@ -63,7 +63,10 @@ def test_a_run_survives_yaml_and_its_own_checks(name, size):
     assert Run.parse(yaml.safe_load(run.to_yaml())) == run
 
 
-@pytest.mark.parametrize("name", [n for n in recipes.names() if "-l" not in n and n not in ("dense-150m", "moe-400m-a100m")])
+SMALL = [name for name in recipes.names() if "-l" not in name and name not in ("dense-150m", "moe-400m-a100m")]
+
+
+@pytest.mark.parametrize("name", SMALL)
 def test_a_twin_learns_to_repeat_a_batch(name):
     """Twenty steps on one batch: the loss falls well below that of the first step."""
     run = recipes.get(name).twin()

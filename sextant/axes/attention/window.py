@@ -19,7 +19,7 @@ class Window(SpanPattern):
 
     kind: Literal["window"] = "window"
     window: int = Field(ge=1)
-    sinks: int = Field(0, ge=0)
+    sinks: int = Field(default=0, ge=0)
 
     @property
     def span(self) -> Span:

@@ -19,12 +19,12 @@ from sextant.axes.numerics import Numerics
 from sextant.axes.routing import AnyBalance, AnyOverflow, AnyRouter, Dropless, Routing, SoftmaxTopK
 from sextant.axes.stability import Role
 from sextant.core.cost import At, Cost
-from sextant.kernels.grouped import grouped_linear
+from sextant.kernels.grouped import grouped_linear, row_tile
 from sextant.kernels.permute import combine, dispatch, plan
 
 
 class Experts(FeedForward):
-    """E experts of width ``hidden``, of which each token meets ``router.top_k``, and ``shared`` hidden units for all."""
+    """E experts of width ``hidden``, of which a token meets ``router.top_k``, and ``shared`` hidden units for all."""
 
     kind: Literal["experts"] = "experts"
     experts: int = Field(ge=1)
@@ -33,7 +33,7 @@ class Experts(FeedForward):
     overflow: AnyOverflow = Dropless()
     balance: tuple[AnyBalance, ...] = ()
     activation: Activation = "swiglu"
-    shared: int = Field(0, ge=0)
+    shared: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
     def _fits(self) -> Experts:
@@ -94,7 +94,7 @@ class ExpertsModule(nn.Module):
     def routed(self, x_TD: Tensor, routing: Routing) -> Tensor:
         """Dispatch, experts, combine: fp32 ``[T, D]``."""
         gates_TA = self.spec.overflow.admit(routing)
-        where = plan(routing.experts_TA, self.spec.experts)
+        where = plan(routing.experts_TA, self.spec.experts, row_tile(x_TD))
         rows_ND = dispatch(x_TD, where, self.spec.router.top_k)
         return combine(self.experts(rows_ND, where.counts_E), gates_TA, where)
 
@@ -106,12 +106,12 @@ class ExpertStack(nn.Module):
 
     def __init__(self, spec: Experts, width: int):
         super().__init__()
-        self.activation = spec.activation
+        self.activation: Activation = spec.activation
         halves = 2 if is_gated(spec.activation) else 1
         self.up_EDF = nn.Parameter(torch.empty(spec.experts, width, halves * spec.hidden))
         self.down_EFD = nn.Parameter(torch.empty(spec.experts, spec.hidden, width))
 
     def forward(self, x_ND: Tensor, counts_E: Tensor) -> Tensor:
         h_NF = grouped_linear(x_ND, self.up_EDF, counts_E)
-        halves = h_NF.chunk(2, dim=-1) if is_gated(self.activation) else (h_NF, None)
-        return grouped_linear(activate(self.activation, *halves), self.down_EFD, counts_E)
+        gate_NF, value_NF = h_NF.chunk(2, dim=-1) if is_gated(self.activation) else (h_NF, None)
+        return grouped_linear(activate(self.activation, gate_NF, value_NF), self.down_EFD, counts_E)

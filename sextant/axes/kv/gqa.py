@@ -34,7 +34,7 @@ class GQA(KV):
     head_dim: int = Field(ge=1)
     position: AnyPosition = RoPE()
     qk_norm: AnyNorm | None = None
-    scale: float | None = Field(None, gt=0)
+    scale: float | None = Field(default=None, gt=0)
     bias: bool = False
 
     @model_validator(mode="after")

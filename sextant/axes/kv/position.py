@@ -33,8 +33,8 @@ class Llama3Scaling(Spec):
 
     kind: Literal["llama3"] = "llama3"
     factor: float = Field(ge=1)
-    low_factor: float = Field(1.0, gt=0)
-    high_factor: float = Field(4.0, gt=0)
+    low_factor: float = Field(default=1.0, gt=0)
+    high_factor: float = Field(default=4.0, gt=0)
     original: int = Field(ge=1, description="context length of pre-training")
 
     @model_validator(mode="after")
@@ -61,8 +61,8 @@ class YaRNScaling(Spec):
     kind: Literal["yarn"] = "yarn"
     factor: float = Field(ge=1)
     original: int = Field(ge=1, description="context length of pre-training")
-    beta_fast: float = Field(32.0, gt=0)
-    beta_slow: float = Field(1.0, gt=0)
+    beta_fast: float = Field(default=32.0, gt=0)
+    beta_slow: float = Field(default=1.0, gt=0)
     attention_factor: float | None = None
     mscale: float = 1.0
     mscale_all_dim: float | None = None
@@ -74,7 +74,7 @@ class YaRNScaling(Spec):
         if self.truncate:
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, 2 * len(frequencies) - 1)
-        channel = torch.arange(len(frequencies), dtype=frequencies.dtype)
+        channel = torch.arange(len(frequencies), dtype=frequencies.dtype, device=frequencies.device)
         slowed = ((channel - low) / max(high - low, 0.001)).clamp(0, 1)
         return frequencies * ((1 - slowed) + slowed / self.factor), self._temperature()
 
@@ -102,8 +102,8 @@ class RoPE(Spec):
     """
 
     kind: Literal["rope"] = "rope"
-    base: float = Field(10_000.0, gt=1)
-    fraction: float = Field(1.0, gt=0, le=1)
+    base: float = Field(default=10_000.0, gt=1)
+    fraction: float = Field(default=1.0, gt=0, le=1)
     layout: Literal["half", "interleaved"] = "half"
     scaling: AnyScaling | None = None
 

@@ -15,7 +15,7 @@ TABLE = Table(
     "which tensor in which dtype, and why?",
     (
         Row(FP32, "everything fp32", "reference", (FP32(),)),
-        Row(BF16, "bf16 products, fp32 residual, norms, router, logits and masters", "MAI-Base-1, section 12", (BF16(),)),
+        Row(BF16, "bf16 products; fp32 residual, norms, router, logits, masters", "MAI-Base-1, section 12", (BF16(),)),
     ),
 )
 

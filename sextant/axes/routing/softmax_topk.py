@@ -23,7 +23,7 @@ class SoftmaxTopK(Router):
     kind: Literal["softmax_topk"] = "softmax_topk"
     top_k: int = Field(ge=1)
     normalize: bool = False
-    scale: float = Field(1.0, gt=0)
+    scale: float = Field(default=1.0, gt=0)
 
     def build(self, width: int, experts: int) -> SoftmaxRouter:
         return SoftmaxRouter(self, width, experts)

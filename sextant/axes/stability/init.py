@@ -18,7 +18,7 @@ class NormalInit(Spec):
     """Every matrix N(0, std^2) (MAI-Base-1, Mixtral, Gemma)."""
 
     kind: Literal["normal"] = "normal"
-    std: float = Field(0.02, gt=0)
+    std: float = Field(default=0.02, gt=0)
 
     def stds(self, layers: int) -> dict[Role, float]:
         """Standard deviation by role."""
@@ -29,7 +29,7 @@ class DepthScaledInit(Spec):
     """N(0, std^2), and std / sqrt(2 L) for the matrices that write to the residual stream (GPT-2)."""
 
     kind: Literal["depth_scaled"] = "depth_scaled"
-    std: float = Field(0.02, gt=0)
+    std: float = Field(default=0.02, gt=0)
 
     def stds(self, layers: int) -> dict[Role, float]:
         """Standard deviation by role."""

@@ -21,7 +21,7 @@ class RMSNorm(Spec):
     """
 
     kind: Literal["rms"] = "rms"
-    eps: float = Field(1e-6, gt=0)
+    eps: float = Field(default=1e-6, gt=0)
     unit_offset: bool = False
 
     def build(self, width: int) -> RMSNormModule:
@@ -35,7 +35,7 @@ class LayerNorm(Spec):
     """Mean and variance removed, gain and optional bias (GPT-2, Switch and their time)."""
 
     kind: Literal["layer"] = "layer"
-    eps: float = Field(1e-5, gt=0)
+    eps: float = Field(default=1e-5, gt=0)
     bias: bool = True
 
     def build(self, width: int) -> LayerNormModule:

@@ -19,7 +19,7 @@ Sublayer = Callable[[Tensor], tuple[Tensor, Any]]
 
 class _Placement(Spec):
     norm: AnyNorm = RMSNorm()
-    dropout: float = Field(0.0, ge=0, lt=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
 
     @property
     def norms(self) -> int:

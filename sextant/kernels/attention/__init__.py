@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from functools import lru_cache
 from itertools import groupby
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -62,18 +63,18 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = N
 
 
 def _bias(length: int, span: Span, scores: Scores, like: Tensor) -> Tensor:
-    """What is added to the scores: 0 or minus infinity, and ALiBi's slopes, ``[T, S]`` or ``[H, T, S]``."""
-    position = torch.arange(length, device=like.device)
-    return _bias_at(position, position, span, scores, like)
+    """What is added to the scores: 0 or minus infinity, and ALiBi's slopes, ``[1, 1 or H, T, S]``."""
+    position_1T = torch.arange(length, device=like.device)[None]
+    return _bias_at(position_1T, position_1T, span, scores, like)
 
 
 def _bias_at(q_T: Tensor, k_S: Tensor, span: Span, scores: Scores, like: Tensor) -> Tensor:
-    mask = span.visible(q_T, k_S)
+    mask = span.visible(q_T, k_S).unsqueeze(-3)
     if scores.slopes_H is None:
         return mask
     distance = (q_T[..., :, None] - k_S[..., None, :]).unsqueeze(-3)
     bias = -scores.slopes_H[:, None, None] * distance
-    return bias.masked_fill(~mask.unsqueeze(-3), -math.inf).to(torch.promote_types(like.dtype, torch.float32))
+    return bias.masked_fill(~mask, -math.inf).to(torch.promote_types(like.dtype, torch.float32))
 
 
 def _blocked(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTV: Tensor, window: int, scale: float) -> Tensor:
@@ -113,9 +114,8 @@ def _on_gpu(q_THK: Tensor, keys: Keys, stream: Stream, span: Span, scores: Score
 
     cu, longest = stream.cu_seqlens, stream.max_len
     left = -1 if span.window is None else span.window - 1
-    return varlen_attn(
-        q_THK, keys.k, keys.v, cu, cu, longest, longest, scale=scores.scale, window_size=(left, 0)
-    )
+    o_THV = varlen_attn(q_THK, keys.k, keys.v, cu, cu, longest, longest, scale=scores.scale, window_size=(left, 0))
+    return cast(Tensor, o_THV)
 
 
 def _from_state(q_THK: Tensor, keys: Keys, stream: Stream, span: Span, scores: Scores) -> Tensor:

@@ -1,8 +1,8 @@
 """The auxiliary balance loss in GShard's form, over three scopes (MAI-Base-1, section 9).
 
 ``coef * E * sum_e f_e P_e`` with ``f_e`` the share of token copies that expert e received (a constant for the
-gradient) and ``P_e`` its mean probability: equal to ``coef`` under perfect balance, for any A. The scope matters more than the form:
-with a small group every sequence is pushed to use all experts, which fights specialisation.
+gradient) and ``P_e`` its mean probability: equal to ``coef`` under perfect balance, for any A. The scope matters more
+than the form: with a small group every sequence is pushed to use all experts, which fights specialisation.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Auxiliary(Spec):
     """
 
     kind: Literal["auxiliary"] = "auxiliary"
-    coef: float = Field(1e-2, ge=0)
+    coef: float = Field(default=1e-2, ge=0)
     scope: Literal["micro_batch", "sequence", "global_batch"] = "micro_batch"
 
     def loss(self, routing: Routing, stream: Stream, counts_E: Tensor, tokens: int) -> Tensor:

@@ -16,7 +16,7 @@ class ZLoss(Spec):
     """``coef * mean_t logsumexp_e(z_te)^2``."""
 
     kind: Literal["z"] = "z"
-    coef: float = Field(1e-3, ge=0)
+    coef: float = Field(default=1e-3, ge=0)
 
     def loss(self, routing: Routing, stream: Stream, counts_E: Tensor, tokens: int) -> Tensor:
         """This micro-batch's part of the step's z-loss; arguments as in the auxiliary loss."""
