@@ -202,24 +202,19 @@ def _short(value: Any) -> str:
 
 
 def _path(loc: Sequence[str | int], data: Any) -> str:
-    """``layers[3].attention.window``: the location, less the union tags that pydantic puts in."""
-    path = ""
+    """``layers[3].attention.window``: the location, less the union tags that pydantic puts in.
+
+    A tag follows the field of a union, so never comes first nor twice; a field may have the name of its own kind.
+    """
+    path, may_be_tag = "", False
     for step in loc:
-        if isinstance(step, int):
-            path += f"[{step}]"
-        elif _is_tag(step, data):
+        kind = data.get("kind") if isinstance(data, Mapping) else getattr(data, "kind", None)
+        if may_be_tag and step == kind:
+            may_be_tag = False
             continue
-        else:
-            path += f".{step}"
-        data = _step_into(data, step)
+        path += f"[{step}]" if isinstance(step, int) else f".{step}"
+        data, may_be_tag = _step_into(data, step), True
     return path.lstrip(".")
-
-
-def _is_tag(step: str, data: Any) -> bool:
-    """Whether a step of the location names the kind of the record it is in, and not one of its fields."""
-    if isinstance(data, Mapping):
-        return step not in data and step == data.get("kind")
-    return isinstance(data, BaseModel) and step == getattr(data, "kind", None)
 
 
 def _step_into(data: Any, step: str | int) -> Any:

@@ -6,7 +6,7 @@ batch, a prompt, a chunk of a prompt and one decoding step are all such streams,
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -36,7 +36,7 @@ class Stream:
     max_len: int
     rows: int | None = None
     memory: Memory | None = field(default=None, compare=False)
-    turns: dict[Hashable, tuple[Tensor, Tensor]] = field(default_factory=dict, compare=False)
+    turns: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, compare=False)
 
     @classmethod
     def of_lengths(

@@ -66,7 +66,7 @@ class Trainer:
             say(f"note: warm-up takes {run.schedule.warmup} steps, the run only {run.steps}")
         if run.compile if run.compile is not None else self.device.type == "cuda":
             for block in self.model.blocks:
-                block.compile(dynamic=False)
+                block.compile()
 
     def fit(self) -> HeldOut:
         """Train to the last step; returns the loss on everything held out.

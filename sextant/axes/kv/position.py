@@ -163,7 +163,7 @@ class Rotary(nn.Module):
 
     def __init__(self, spec: RoPE, head_dim: int):
         super().__init__()
-        self.code = (spec, head_dim)
+        self.code = f"{head_dim}/{spec.model_dump_json()}"
         self.dim = spec.rotary_dim(head_dim)
         self.interleaved = spec.layout == "interleaved"
         exponents = torch.arange(0, self.dim, 2, dtype=torch.float64, device="cpu") / self.dim

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sextant.core.cost import At, Cost
 from sextant.core.spec import Spec
+from sextant.kernels.permute import counted
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Routing:
 
     def counts_E(self) -> Tensor:
         """int64, token copies per expert; they sum to T·A."""
-        return self.experts_TA.flatten().bincount(minlength=self.probs_TE.shape[1])
+        return counted(self.experts_TA.flatten(), self.probs_TE.shape[1])
 
 
 class Router(Spec):

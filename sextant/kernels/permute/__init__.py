@@ -29,11 +29,16 @@ class Plan:
     zeros: Tensor | None = None
 
 
+def counted(flat_N: Tensor, experts: int) -> Tensor:
+    """int64 copies per expert; unlike ``bincount`` its shape does not depend on values, so compilers can follow."""
+    return torch.zeros(experts, dtype=torch.int64, device=flat_N.device).scatter_add_(0, flat_N, torch.ones_like(flat_N))
+
+
 def plan(experts_TA: Tensor, experts: int, tile: int = 1) -> Plan:
     """Sort token copies by expert, stably."""
     flat_N = experts_TA.flatten()
     order_N = torch.argsort(flat_N, stable=True)
-    counts_E = torch.bincount(flat_N, minlength=experts)
+    counts_E = counted(flat_N, experts)
     rank_N = torch.arange(order_N.numel(), device=order_N.device)
     row_N = torch.empty_like(order_N)
     if tile == 1:
@@ -49,45 +54,48 @@ def plan(experts_TA: Tensor, experts: int, tile: int = 1) -> Plan:
 
 class _Dispatch(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, where: Plan, copies: int) -> Tensor:
-        ctx.where, ctx.copies = where, copies
-        return _rows(x_TD, where, copies)
+    def forward(ctx: Any, x_TD: Tensor, source_N: Tensor, row_N: Tensor, zeros: Tensor | None, copies: int) -> Tensor:
+        ctx.copies = copies
+        ctx.save_for_backward(row_N)
+        return _rows(x_TD, source_N, zeros, copies)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        copies_TAD = grads[0].index_select(0, ctx.where.row_N).unflatten(0, (-1, ctx.copies))
-        return copies_TAD.sum(1), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (row_N,) = ctx.saved_tensors
+        copies_TAD = grads[0].index_select(0, row_N).unflatten(0, (-1, ctx.copies))
+        return copies_TAD.sum(1), None, None, None, None
 
 
 class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y_ND: Tensor, gates_TA: Tensor, where: Plan) -> Tensor:
-        ctx.where = where
-        ctx.save_for_backward(y_ND, gates_TA)
-        y_TAD = y_ND.index_select(0, where.row_N).unflatten(0, gates_TA.shape)
+    def forward(
+        ctx: Any, y_ND: Tensor, gates_TA: Tensor, source_N: Tensor, row_N: Tensor, zeros: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(y_ND, gates_TA, source_N, row_N, zeros)
+        y_TAD = y_ND.index_select(0, row_N).unflatten(0, gates_TA.shape)
         return torch.linalg.vecdot(y_TAD.to(gates_TA.dtype), gates_TA[..., None], dim=1)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        y_ND, gates_TA = ctx.saved_tensors
-        where: Plan = ctx.where
-        y_TAD = y_ND.index_select(0, where.row_N).unflatten(0, gates_TA.shape)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        y_ND, gates_TA, source_N, row_N, zeros = ctx.saved_tensors
+        y_TAD = y_ND.index_select(0, row_N).unflatten(0, gates_TA.shape)
         dgates_TA = torch.linalg.vecdot(y_TAD.to(grads[0].dtype), grads[0][:, None])
-        dy_ND = _rows(grads[0], where, gates_TA.shape[1])
-        dy_ND.mul_(gates_TA.flatten().index_select(0, where.source_N)[:, None])
-        return dy_ND.to(y_ND.dtype), dgates_TA, None
+        dy_ND = _rows(grads[0], source_N, zeros, gates_TA.shape[1])
+        dy_ND = dy_ND * gates_TA.flatten().index_select(0, source_N)[:, None]
+        return dy_ND.to(y_ND.dtype), dgates_TA, None, None, None
 
 
-def _rows(x_TD: Tensor, where: Plan, copies: int) -> Tensor:
-    rows_ND = x_TD.index_select(0, where.source_N // copies)
-    return rows_ND if where.zeros is None else rows_ND.index_fill_(0, where.zeros, 0)
+def _rows(x_TD: Tensor, source_N: Tensor, zeros: Tensor | None, copies: int) -> Tensor:
+    rows_ND = x_TD.index_select(0, source_N // copies)
+    return rows_ND if zeros is None else rows_ND.index_fill_(0, zeros, 0)
 
 
 def dispatch(x_TD: Tensor, where: Plan, copies: int) -> Tensor:
     """Rows of the experts, ``[N, D]``: every token once for each of the ``copies`` = A experts it goes to."""
-    return _Dispatch.apply(x_TD, where, copies)  # type: ignore[return-value]
+    return _Dispatch.apply(x_TD, where.source_N, where.row_N, where.zeros, copies)  # type: ignore[return-value]
 
 
 def combine(y_ND: Tensor, gates_TA: Tensor, where: Plan) -> Tensor:
     """``out_t = sum_a gates_ta * y_(t,a)`` in the gates' dtype (fp32), in the order of the gates."""
-    return _Combine.apply(y_ND, gates_TA, where)  # type: ignore[return-value]
+    parts = (where.source_N, where.row_N, where.zeros)
+    return _Combine.apply(y_ND, gates_TA, *parts)  # type: ignore[return-value]
