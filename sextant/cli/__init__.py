@@ -34,7 +34,7 @@ class Verbs(TyperGroup):
     """A group whose members are the modules ``sextant.cli.VERB``, each with a typer app named ``app``."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        return list(VERBS)
+        return [*VERBS]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """The verb's command, imported now.
@@ -50,7 +50,7 @@ class Verbs(TyperGroup):
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         with formatter.section("Verbs"):
-            formatter.write_dl(list(VERBS.items()))
+            formatter.write_dl([*VERBS.items()])  # ``list`` is a module here once that verb was used
 
 
 app = typer.Typer(cls=Verbs, add_completion=False, rich_markup_mode=None)
@@ -74,7 +74,7 @@ def _sextant(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The entry point ``sextant``: run one verb and exit with its code (``docs/errors.md``)."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    given = [*(sys.argv[1:] if arguments is None else arguments)]
     rest = given.index("--") if "--" in given else len(given)
     debug = "--debug" in given[:rest] or os.environ.get("SEXTANT_DEBUG", "") not in ("", "0")
     given = [word for i, word in enumerate(given) if word != "--debug" or i > rest]

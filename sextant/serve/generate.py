@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -202,12 +204,17 @@ def sampler(model: Transformer, tokenizer: Tokenizer, prompt: str, max_tokens: i
     The draws have a fixed seed, so that samples of two steps differ by the model alone.
     """
     was_training = model.training
-    # Decoding meets new shapes at every token: compiled blocks would compile for each.
-    with torch.compiler.set_stance("force_eager"):
+    with _not_compiled():
         sampling = Sampling(temperature=0.8, max_tokens=max_tokens, seed=0)
         answer = Generator(model, tokenizer).generate([prompt], sampling)
     model.train(was_training)
     return prompt + answer[0].text
+
+
+def _not_compiled() -> AbstractContextManager[object]:
+    """Run compiled blocks as written: decoding meets a new shape at every token, and each would be compiled."""
+    # What was never imported has compiled nothing, and takes seconds to import.
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 # --- loading --------------------------------------------------------------------------------------------------------

@@ -1,0 +1,212 @@
+"""list, show, doctor, generate and chat: what they print, and that their numbers are those of the code."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sextant import recipes
+from sextant.cli.list import tables
+from sextant.cli.show import describe, parts, pattern
+from sextant.core.cost import At, Cost
+from sextant.data.tokenizer import Tokenizer
+from sextant.train.run import Run
+
+NAMES = recipes.names()
+
+
+def test_list_shows_every_row_of_every_table(sextant: Any):
+    code, out, _ = sextant("list")
+    assert code == 0 and max(map(len, out.splitlines())) <= 80
+    rows = [row.name for table in tables().values() for row in table]
+    assert all(name in out for name in [*rows, *NAMES, *tables()])
+
+
+@pytest.mark.parametrize("axis", tables())
+def test_list_json_tells_fields_that_build_the_option(sextant: Any, axis: str):
+    code, out, _ = sextant("list", axis, "--json")
+    rows = json.loads(out)
+    assert code == 0 and [row["name"] for row in rows] == [row.name for row in tables()[axis]]
+    for found, row in zip(rows, tables()[axis], strict=True):
+        required = {name for name, field in found["fields"].items() if "default" not in field}
+        assert required == {name for name, field in row.spec.model_fields.items() if field.is_required()}
+        assert found["line"] and found["source"]
+
+
+def test_list_recipes_json_has_the_published_sizes(sextant: Any):
+    rows = {row["name"]: row for row in json.loads(sextant("list", "recipes", "--json")[1])}
+    assert list(rows) == NAMES
+    assert rows["mixtral-8x7b"]["params"] == 46_702_792_704
+    assert rows["mixtral-8x7b"]["active_params"] == 12_879_925_248
+
+
+def test_list_offers_the_nearest_name(sextant: Any):
+    code, _, err = sextant("list", "atention")
+    assert code == 2 and "Did you mean 'attention'?" in err
+
+
+@pytest.mark.parametrize("size", ["paper", "twin"])
+@pytest.mark.parametrize("name", NAMES)
+def test_parts_add_up(name: str, size: str):
+    recipe = recipes.get(name)
+    model = (recipe.paper() if size == "paper" else recipe.twin()).model
+    at = At(model.context)
+    total, summed = model.cost(at), sum(parts(model, at).values(), start=Cost())
+    assert (summed.params, summed.active_params) == (total.params, total.active_params)
+    assert summed.flops == pytest.approx(total.flops, rel=1e-12)
+    assert summed.state_bytes == total.state_bytes
+
+
+def test_parts_are_the_parameters_of_a_built_model():
+    model = recipes.get("mai-base-1").twin().model
+    built = model.build(device="meta")
+    sizes = {name: parameter.numel() for name, parameter in built.named_parameters()}
+    found = {name: part.params for name, part in parts(model, At(64)).items()}
+    experts = sum(n for name, n in sizes.items() if ".experts." in name)
+    attention = sum(n for name, n in sizes.items() if ".attention.kv." in name)
+    assert found["experts"] == experts and found["attention"] == attention
+    assert found["embedding"] == sizes["embedding.weight"] and found["head"] == 0
+    assert sum(found.values()) == sum(sizes.values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_show_fits_80_columns(sextant: Any, name: str):
+    code, out, _ = sextant("show", name)
+    assert code == 0 and max(map(len, out.splitlines())) <= 80
+    assert "embedding and head included" in " ".join(out.split())
+
+
+def test_show_json_and_its_operating_point(sextant: Any):
+    facts = json.loads(sextant("show", "mai-base-1", "--at", "16k", "--json")[1])
+    model = recipes.get("mai-base-1").paper().model
+    assert facts["at"] == 16_000 and facts["flops_per_token"] == model.cost(At(16_000)).flops
+    assert facts["params"] == sum(part["params"] for part in facts["parts"].values())
+    assert facts["state_bytes"]["8192"] == sum(state.nbytes(8192, 2) for state in model.states())
+    assert facts["columns"]["attention"] == "13 x (5 x window 512, 1 x full)"
+
+
+def test_show_yaml_is_a_run_file_that_show_reads(sextant: Any, tmp_path: Path):
+    file = tmp_path / "run.yaml"
+    file.write_text(sextant("show", "gemma-3-1b", "--size", "twin", "--set", "seed=9", "--yaml")[1], encoding="utf-8")
+    run = Run.load(file)
+    assert run == recipes.get("gemma-3-1b").twin().replace(seed=9)
+    again = json.loads(sextant("show", str(file), "--json")[1])
+    assert again == json.loads(json.dumps(describe(run, run.model.context)))
+
+
+def test_show_schema_accepts_what_it_describes(sextant: Any):
+    schema = json.loads(sextant("show", "--schema")[1])
+    assert set(schema["required"]) <= set(recipes.get("nano").twin().to_dict())
+    assert "Layer" in schema["$defs"]
+
+
+def test_show_without_a_recipe_is_misuse(sextant: Any):
+    assert sextant("show")[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ("aaaa", "4 x a"), ("aab", "2 x a, 1 x b"), ("aabaab", "2 x (2 x a, 1 x b)"),
+        ("aabaabaa", "2 x (2 x a, 1 x b), then 2 x a"), ("a", "1 x a"), ("ab", "1 x a, 1 x b"),
+    ],
+)
+def test_patterns_read_as_repeated_runs(values: str, text: str):
+    assert pattern(list(values)) == text
+
+
+def test_doctor(sextant: Any):
+    code, out, err = sextant("doctor")
+    assert code == 0 and not err and "torch" in out and "Start: sextant train" in out
+    facts = json.loads(sextant("doctor", "--json")[1])
+    assert facts["cpus"] >= 1 and facts["free_disk"] > 0 and set(facts["extras"]) == {"hf", "plot", "data", "log"}
+
+
+def test_doctor_names_the_cure_for_a_missing_extra(sextant: Any, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(__import__("sextant.cli.doctor", fromlist=["EXTRAS"]).EXTRAS, "hf", ("no-such-package", "x"))
+    code, out, _ = sextant("doctor")
+    assert code == 0 and "pip install 'sextant-lm[hf]'" in " ".join(out.split())
+
+
+# --- writing --------------------------------------------------------------------------------------------------------
+
+
+def test_generate_streams_text_and_keeps_numbers_apart(sextant: Any, trained: Path):
+    arguments = ("generate", str(trained), "--prompt", "The ", "--seed", "4", "--max-tokens", "12", "--device", "cpu")
+    code, out, err = sextant(*arguments)
+    assert code == 0 and " tok/s | state " in err and " 12 new " in err
+    code, again, _ = sextant(*arguments, "--json")
+    result = json.loads(again)
+    assert out == result["text"] + "\n" and result["seed"] == 4 and result["new_tokens"] <= 12
+    assert sextant(*arguments, "--quiet")[2] == ""
+
+
+def test_generate_several_and_from_a_file(sextant: Any, trained: Path, tmp_path: Path):
+    file = tmp_path / "prompt.txt"
+    file.write_text("naïve", encoding="utf-8")
+    base = ("generate", str(trained), "--prompt-file", str(file), "--max-tokens", "5", "--seed", "0", "--n", "3")
+    code, out, _ = sextant(*base, "--json")
+    results = [json.loads(line) for line in out.splitlines()]
+    tokenizer = Tokenizer.load(trained)
+    assert code == 0 and len(results) == 3
+    assert {result["prompt_tokens"] for result in results} == {len(tokenizer.encode("naïve"))}
+    assert sextant(*base)[1].count("--- ") == 3
+
+
+def test_generate_refuses_two_prompts_bad_files_and_ranges(sextant: Any, trained: Path, tmp_path: Path):
+    binary = tmp_path / "binary"
+    binary.write_bytes(b"\xff\xfe")
+    path = str(trained)
+    assert sextant("generate", path)[0] == 2
+    assert sextant("generate", path, "--prompt", "x", "--prompt-file", str(binary))[0] == 2
+    assert sextant("generate", path, "--prompt-file", str(binary))[0] == 3
+    assert sextant("generate", path, "--prompt", "x", "--top-p", "0")[0] == 2
+    assert sextant("generate", path, "--prompt", "x", "--stop", "")[0] == 2
+    assert sextant("generate", path, "--prompt", "x", "--dtype", "fp17")[0] == 2
+    assert sextant("generate", path, "--prompt", "x" * 4000)[0] == 2
+
+
+class Lines(io.StringIO):
+    """Typed lines; a line ``^C`` is an interrupt at the prompt."""
+
+    def readline(self, *_: Any) -> str:
+        line = super().readline()
+        if line == "^C\n":
+            raise KeyboardInterrupt
+        return line
+
+
+def test_chat_answers_and_obeys(sextant: Any, trained: Path, monkeypatch: pytest.MonkeyPatch):
+    typed = "The \n^C\n/stats\n/params temperature=0\n/params top_p=7\n/reset\nAgain\n/what\n/quit\nnever read\n"
+    monkeypatch.setattr("sys.stdin", Lines(typed))
+    code, out, err = sextant("chat", str(trained), "--max-tokens", "4", "--seed", "1", "--device", "cpu")
+    assert code == 0 and out.count("\n") >= 2
+    assert "continues the text" in err and "4 new" in err and "temperature=0.0" in err and "[empty]" in err
+    assert "error: " in err and "top_p" in err and err.count("/stats numbers") == 2
+
+
+def test_chat_keeps_the_text_within_the_context(sextant: Any, trained: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("word and more " * 200 + "\nand on\n"))
+    code, _, err = sextant("chat", str(trained), "--max-tokens", "4", "--device", "cpu")
+    assert code == 0 and "oldest text is forgotten" in err
+
+
+def test_ctrl_c_stops_an_answer_and_keeps_the_conversation(
+    sextant: Any, trained: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from sextant.serve.generate import Generator
+
+    whole = Generator.stream
+
+    def interrupted(self: Any, *arguments: Any) -> Any:
+        yield next(whole(self, *arguments))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Generator, "stream", interrupted)
+    monkeypatch.setattr("sys.stdin", io.StringIO("The \n/stats\n"))
+    code, _, err = sextant("chat", str(trained), "--temperature", "0", "--device", "cpu")
+    assert code == 0 and "[stopped]" in err and "prompt tokens" in err
