@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import wraps
 
 from sextant.axes.attention import Window
 from sextant.axes.kv import ALiBi
@@ -26,6 +27,7 @@ def check(model: ModelSpec, path: str = "model") -> None:
 
 
 def _each_layer(rule: Callable[[Layer, ModelSpec], Iterator[Problem]]) -> Callable[[ModelSpec], Iterator[Problem]]:
+    @wraps(rule)
     def over_layers(model: ModelSpec) -> Iterator[Problem]:
         for index, layer in enumerate(model.layers):
             for where, what, fix in rule(layer, model):
