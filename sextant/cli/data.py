@@ -10,7 +10,10 @@ import typer
 if TYPE_CHECKING:
     from sextant.data.dataset import Index
 
-app = typer.Typer(help="Prepare a corpus, and look at what a model will be shown.", no_args_is_help=True)
+app = typer.Typer(
+    help="Prepare a corpus, and look at what a model will be shown.",
+    no_args_is_help=True, add_completion=False, rich_markup_mode=None,
+)
 
 
 @app.command()

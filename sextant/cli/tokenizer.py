@@ -10,7 +10,9 @@ import typer
 if TYPE_CHECKING:
     from sextant.data.tokenizer import Tokenizer
 
-app = typer.Typer(help="Train a tokenizer, or look at one.", no_args_is_help=True)
+app = typer.Typer(
+    help="Train a tokenizer, or look at one.", no_args_is_help=True, add_completion=False, rich_markup_mode=None,
+)
 
 
 @app.command()

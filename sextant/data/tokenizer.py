@@ -281,7 +281,7 @@ class StreamDecoder:
 
 
 def pieces(text: str) -> Iterator[str]:
-    """Cut a long text where byte-level pre-tokenisers cut anyway: before a single space between words.
+    """Cut a long text where byte-level pre-tokenisers cut anyway: before the space that begins a word.
 
     Only a run of 65,536 characters without one is cut elsewhere; its ids may differ then, never its text.
     """
@@ -296,7 +296,7 @@ def pieces(text: str) -> Iterator[str]:
 def _before_space(text: str, start: int, end: int) -> int:
     cut = text.rfind(" ", start + 1, end)
     while cut > start:
-        if not text[cut - 1].isspace() and not text[cut + 1].isspace():
+        if not text[cut + 1].isspace():
             return cut
         cut = text.rfind(" ", start + 1, cut)
     return end

@@ -79,6 +79,8 @@ def test_epochs_differ_and_seeds_differ(prepared: Path) -> None:
     first, second = one.take(one.rows_per_epoch), one.take(one.rows_per_epoch)
     other = loader(prepared, seed=1).take(one.rows_per_epoch)
     assert one.epoch == 2
+    rows = [sorted(batch.tokens_T.view(-1, 24).tolist()) for batch in (first, second)]
+    assert rows[0] != rows[1]  # documents have other neighbours, not only rows another order
     assert not torch.equal(first.tokens_T, second.tokens_T) and not torch.equal(first.tokens_T, other.tokens_T)
 
 

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer as Inner
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from sextant.core.errors import DataError
+from sextant.data import tokenizer as tokenizer_module
 from sextant.data.spec import MIN_VOCAB, SPECIAL
 from sextant.data.tokenizer import StreamDecoder, Tokenizer, pieces
 
@@ -88,7 +89,14 @@ def test_control_tokens_are_never_read_from_text() -> None:
             for text in (name, f"sail {name}", f"sail{name}{name} the"):
                 found = set(tokenizer.encode(text)) & tokenizer.special_ids
                 assert found <= {tokenizer._vocab.get("<unk>")}, (name, text)
-    assert BYTES.decode(BYTES.encode("a<|endoftext|>b")) == "a<|endoftext|>b"
+
+
+def test_names_of_control_tokens_are_encoded_like_other_text() -> None:
+    text = "sail <|endoftext|><|im_start|>the<|im_end|>"
+    tokenizer = Tokenizer.train([text] * 20, 320)  # merges inside the names
+    plain = json.loads(tokenizer.to_json()) | {"added_tokens": []}
+    assert tokenizer.encode(text) == Inner.from_str(json.dumps(plain)).encode(text).ids
+    assert len(tokenizer.encode(text)) < 20
 
 
 @pytest.mark.parametrize(
@@ -140,6 +148,21 @@ def test_pieces_change_no_ids() -> None:
     text = "".join(rng.choice(parts) for _ in range(90_000))
     assert len(list(pieces(text))) > 2 and "".join(pieces(text)) == text
     assert BYTES.encode(text) == BYTES._inner.encode(text).ids
+
+
+odd_parts = st.sampled_from([" ", "\n", "\t", "a", "1", "!", "'s", "\u0301", " a", " b"])
+
+
+@given(st.lists(odd_parts, min_size=60, max_size=99))
+def test_pieces_end_where_pretokens_end(parts: list[str]) -> None:
+    text = " word".join(["".join(parts), "".join(reversed(parts))])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer_module, "_PIECE", 90)
+        cut = list(pieces(text))
+    split = pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str
+    if all(piece.startswith(" ") for piece in cut[1:]):
+        assert [word for piece in cut for word, _ in split(piece)] == [word for word, _ in split(text)]
+    assert "".join(cut) == text
 
 
 def test_files_round_trip(tmp_path: Path) -> None:
