@@ -22,6 +22,7 @@ from sextant.data.tokenizer import Tokenizer
 from sextant.kernels.loss import IGNORE
 from sextant.model.transformer import Transformer
 from sextant.train import checkpoint
+from sextant.train.board import Board
 from sextant.train.evaluate import HeldOut, evaluate
 from sextant.train.folder import RunFolder
 from sextant.train.loss import Balance, micro_loss
@@ -62,11 +63,11 @@ class Trainer:
         self.step, self.tokens, self.seconds, self.saved = 0, 0, 0.0, None
         self._prepare_folder()
         self._resume()
+        self.board = Board(folder.path, self.step)
         if run.schedule.warmup >= run.steps:
             say(f"note: warm-up takes {run.schedule.warmup} steps, the run only {run.steps}")
         if run.compile if run.compile is not None else self.device.type == "cuda":
-            for block in self.model.blocks:
-                block.compile()
+            compile_blocks(self.model)
 
     def fit(self) -> HeldOut:
         """Train to the last step; returns the loss on everything held out.
@@ -177,6 +178,7 @@ class Trainer:
             load={i: (load.peak, load.unused, load.entropy) for i, load in self.balance.loads().items()},
         )
         self.folder.record(report.metrics())
+        self.board.step(report)
         if self.step % self.run.log_every == 0 or self.step in (1, self.run.steps):
             self.say(report.line())
 
@@ -193,6 +195,7 @@ class Trainer:
         rows = self.run.batch.micro_rows
         result = evaluate(self.model, heldout(self.heldout_shards, self.run.data.seq_len, rows), self.bytes_P, limit)
         self.folder.event("heldout", step=self.step, loss=result.loss, bpb=result.bpb, tokens=result.tokens)
+        self.board.heldout(self.step, result.bpb)
         self.say(f"  held-out loss {result.loss:.3f} | bpb {result.bpb:.3f} | {units.count(result.tokens, 1)} tokens")
         return result
 
@@ -207,6 +210,7 @@ class Trainer:
         result = self._evaluate(None)
         self._save_if_new()
         self.folder.event("done", step=self.step, bpb=result.bpb, loss=result.loss, seconds=self.seconds)
+        self.board.close()
         return result
 
     def _prepare_folder(self) -> None:
@@ -265,6 +269,14 @@ class Trainer:
             "torch": torch.__version__,
             "device": self.device.type,
         }
+
+
+def compile_blocks(model: Transformer) -> None:
+    """Compile block by block; equal layers share code, which needs an entry for every kind of layer and shape."""
+    kinds = len(set(model.spec.layers))
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 * kinds)
+    for block in model.blocks:
+        block.compile()
 
 
 @contextmanager

@@ -284,3 +284,28 @@ def test_the_status_line_has_what_people_watch(run, tmp_path):
     line = next(line for line in said if line.startswith("step 6/12 50%"))
     for part in ("loss ", "bpb ", "tok/s", "mfu -", "mem ", "gnorm ", "lr ", "load max/mean ", "eta "):
         assert f"| {part}" in line or part in line
+
+
+def test_tensorboard_gets_the_same_numbers_when_it_is_there(run, tmp_path, monkeypatch):
+    """With a writer in place of the package's: every step's loss, and the load of every MoE layer."""
+    from sextant.train import board
+
+    written: list[tuple[str, float, int]] = []
+
+    class Writer:
+        def __init__(self, folder: str, purge_step: int):
+            assert folder == str(tmp_path / "tensorboard") and purge_step == 1
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            written.append((name, value, step))
+
+        def close(self) -> None:
+            written.append(("closed", 0.0, 0))
+
+    monkeypatch.setattr(board, "find_spec", lambda name: object())
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", type("package", (), {"SummaryWriter": Writer}))
+    trained(run, tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [value for name, value, _ in written if name == "train/loss"] == [line["loss"] for line in lines]
+    assert sum(name == "load/1/entropy" for name, _, _ in written) == run.steps
+    assert written[-1][0] == "closed"
