@@ -49,7 +49,7 @@ def experts_by_hand(module, x_D: Tensor) -> Tensor:
     """One token: choose, run each chosen expert, add up by gates."""
     spec = module.spec
     probs_E = (module.router.weight @ x_D).softmax(0)
-    chosen = sorted(range(spec.experts), key=lambda e: -float(probs_E[e]))[: spec.router.top_k]
+    chosen = sorted(range(spec.experts), key=lambda e: -probs_E[e].item())[: spec.router.top_k]
     gates = {e: probs_E[e] / (sum(probs_E[c] for c in chosen) if spec.router.normalize else 1) for e in chosen}
     latent = isinstance(spec, LatentExperts)
     c = module.compress.weight @ x_D if latent else x_D

@@ -19,6 +19,16 @@ def test_equals_the_reference(shape):
         close(g, w, 1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_evaluation_equals_training(dtype):
+    """The path without gradients computes the same norm."""
+    x, gain_D = torch.randn(5, 7).to(dtype), torch.randn(7, dtype=torch.promote_types(dtype, torch.float32))
+    with torch.no_grad():
+        got = rms_norm(x, gain_D, 1e-3)
+    assert got.dtype == gain_D.dtype
+    close(got, rms_norm(x, gain_D.requires_grad_(), 1e-3).detach(), 1e-6 if dtype != torch.float64 else 1e-14)
+
+
 def test_gradient_equals_finite_differences():
     x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
     gain_D = torch.randn(5, dtype=torch.float64, requires_grad=True)
