@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from sextant.train.evaluate import HeldOut
+    from sextant.train.run import Run
 
 app = typer.Typer()
 
@@ -50,7 +54,7 @@ def train(
     _print_result(run, result, as_json)
 
 
-def run_training(run, out: Path | None, device: str, quiet: bool = False):  # type: ignore[no-untyped-def]
+def run_training(run: Run, out: Path | None, device: str, quiet: bool = False) -> HeldOut:
     """Train in the run's folder and draw its plots, also when stopped early."""
     from sextant.cli.runs import pick_device
     from sextant.serve.generate import sampler
@@ -74,7 +78,7 @@ def run_training(run, out: Path | None, device: str, quiet: bool = False):  # ty
         return result
 
 
-def _dry_run(run) -> None:  # type: ignore[no-untyped-def]
+def _dry_run(run: Run) -> None:
     from sextant.core import units
     from sextant.core.cost import At
     from sextant.train.run import check_run
@@ -87,7 +91,7 @@ def _dry_run(run) -> None:  # type: ignore[no-untyped-def]
     typer.echo(f"{run.steps} steps of {units.count(tokens)} tokens, {units.count(3 * cost.flops * tokens)} FLOPs each")
 
 
-def _print_result(run, result, as_json: bool) -> None:  # type: ignore[no-untyped-def]
+def _print_result(run: Run, result: HeldOut, as_json: bool) -> None:
     import json
 
     if as_json:

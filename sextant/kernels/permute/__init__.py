@@ -31,7 +31,8 @@ class Plan:
 
 def counted(flat_N: Tensor, experts: int) -> Tensor:
     """int64 copies per expert; unlike ``bincount`` its shape does not depend on values, so compilers can follow."""
-    return torch.zeros(experts, dtype=torch.int64, device=flat_N.device).scatter_add_(0, flat_N, torch.ones_like(flat_N))
+    counts_E = torch.zeros(experts, dtype=torch.int64, device=flat_N.device)
+    return counts_E.scatter_add_(0, flat_N, torch.ones_like(flat_N))
 
 
 def plan(experts_TA: Tensor, experts: int, tile: int = 1) -> Plan:
