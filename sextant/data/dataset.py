@@ -96,6 +96,19 @@ def shard_name(split: str, number: int, ending: str) -> str:
     return f"{split}-{number:05d}{ending}"
 
 
+def sha256(path: Path) -> str:
+    """Digest of a file, hex.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError("cannot read", where=path, got=error.strerror or error) from None
+
+
 class Shards:
     """One split of a prepared folder; ``len()`` counts documents.
 
@@ -179,8 +192,7 @@ class Shards:
             DataError: the first file that changed.
         """
         for name, file in self.index.files.items():
-            with (self.folder / name).open("rb") as opened:
-                digest = hashlib.file_digest(opened, "sha256").hexdigest()
+            digest = sha256(self.folder / name)
             if digest != file.sha256:
                 what = "file changed since it was prepared"
                 raise DataError(

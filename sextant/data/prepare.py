@@ -22,7 +22,7 @@ import numpy as np
 from sextant.core import fs
 from sextant.core.errors import DataError, SextantError, UsageError
 from sextant.data.corpus import Corpus, Document, Reading, content_key
-from sextant.data.dataset import INDEX, File, Index, Shards, Source, Split, shard_name
+from sextant.data.dataset import INDEX, File, Index, Shards, Source, Split, sha256, shard_name
 from sextant.data.order import mix
 from sextant.data.progress import Progress
 from sextant.data.spec import BOOKS, Data
@@ -61,8 +61,7 @@ def bundled(vocab: int, seed: int = 0) -> Path:
         EnvironmentFault: the cache folder cannot be written.
     """
     with resources.as_file(resources.files("sextant.data") / "books.jsonl.gz") as corpus:
-        digest = hashlib.sha256(corpus.read_bytes()).hexdigest()
-        folder = cache_folder() / f"{BOOKS}-1-{vocab}-{seed}-{digest[:12]}"
+        folder = cache_folder() / f"{BOOKS}-1-{vocab}-{seed}-{sha256(corpus)[:12]}"
         if _sound(folder):
             return folder
         fs.make_folder(folder.parent)
@@ -390,6 +389,4 @@ def _index(
 
 
 def _source(file: Path) -> Source:
-    with file.open("rb") as opened_file:
-        digest = hashlib.file_digest(opened_file, "sha256").hexdigest()
-    return Source(path=str(file), bytes=file.stat().st_size, sha256=digest)
+    return Source(path=str(file), sha256=sha256(file), bytes=file.stat().st_size)

@@ -36,6 +36,14 @@ def test_one_changed_byte_is_noticed(folder: Path, name: str) -> None:
     assert "Run `sextant data prepare` again" in line
 
 
+def test_files_that_cannot_be_read_are_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("hashlib.file_digest", fail)
+    assert f"cannot read: {folder}/" in (line := refusal(folder)) and "Input/output error" in line
+
+
 def test_sizes_are_always_checked(folder: Path) -> None:
     path = folder / "train-00000.bin"
     path.write_bytes(path.read_bytes()[:-2])
