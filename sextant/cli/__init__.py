@@ -23,6 +23,7 @@ VERBS = {
     "data": "Prepare text for training, and look at it.",
     "tokenizer": "Train a tokenizer, and look at one.",
     "train": "Train a recipe or run file; the same command resumes.",
+    "lab": "Compare recipes with paired seeds.",
     "generate": "Continue a prompt with a trained model.",
     "chat": "Talk to a trained model in the terminal.",
     "demo": "Train the smallest model on bundled books, and let it write.",

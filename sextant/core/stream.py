@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
@@ -44,11 +45,17 @@ class Stream:
     ) -> Stream:
         """A stream of sequences with these lengths, each after what ``memory`` already holds of it."""
         starts = memory.lengths if memory is not None else [0] * len(lengths)
-        pieces = [torch.arange(start, start + length) for start, length in zip(starts, lengths, strict=True)]
-        positions = torch.cat(pieces) if pieces else torch.zeros(0, dtype=torch.int64)
-        cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        longest = max(lengths, default=0)
+        if longest == min(lengths, default=0) == 1:  # a decoding step: called for every token
+            positions = torch.tensor(starts)
+        else:
+            ranges = [range(start, start + length) for start, length in zip(starts, lengths, strict=True)]
+            positions = torch.cat([torch.arange(r.start, r.stop) for r in ranges] or [torch.arange(0)])
+        cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
         rows = len(lengths) if len(set(lengths)) == 1 else None
-        return cls(positions.to(device), cu_seqlens.to(device), max(lengths, default=0), rows, memory)
+        stream = cls(positions.to(device), cu_seqlens.to(device), longest, rows, memory)
+        stream.__dict__["lengths"] = list(lengths)  # known here: spares the synchronisation
+        return stream
 
     @classmethod
     def packed(cls, starts_T: Tensor, max_len: int) -> Stream:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -54,8 +54,8 @@ class Transformer(nn.Module):
     def forward(self, tokens_T: Tensor, stream: Stream) -> Output:
         """Run T tokens of the stream; with ``stream.memory`` they follow what it holds, and it grows by them."""
         dtype = self.numerics.compute or self.embedding.weight.dtype
-        turns = {code: rotary.turns(stream.positions_T, dtype) for code, rotary in self.rotaries.items()}
-        stream = replace(stream, turns=turns)
+        for code, rotary in self.rotaries.items():
+            stream.turns[code] = rotary.turns(stream.positions_T, dtype)
         x_TD = self.embedding(tokens_T) * self.spec.embedding_scale
         routings = {}
         for index, block in enumerate(self.blocks):

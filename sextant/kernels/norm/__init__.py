@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -34,4 +35,6 @@ class _RMSNorm(torch.autograd.Function):
 
 def rms_norm(x: Tensor, gain_D: Tensor, eps: float) -> Tensor:
     """``gain * x / sqrt(mean(x^2) + eps)`` over the last axis; returns fp32 (fp64 for fp64)."""
+    if not torch.is_grad_enabled():
+        return F.rms_norm(x.to(torch.promote_types(x.dtype, torch.float32)), gain_D.shape, gain_D, eps)
     return _RMSNorm.apply(x.to(torch.promote_types(x.dtype, torch.float32)), gain_D, eps)  # type: ignore[return-value]
