@@ -177,22 +177,24 @@ class Rotary(nn.Module):
         return self._turn(q_THK, cos, sin), self._turn(k_TGK, cos, sin)
 
     def turns(self, positions_T: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosine and sine ``[T, 1, K/2]`` in fp32 (fp64 for fp64); the same for every layer with this code."""
+        """What a channel and its partner are multiplied by, ``[T, 1, K]`` in fp32 (fp64 for fp64): the cosine, and the
+        sine with the sign of the channel's side. The same for every layer with this code.
+        """
         dtype = torch.promote_types(dtype, torch.float32)
         frequencies = torch.tensor(self.frequencies, dtype=dtype, device=positions_T.device)
         angles = positions_T[:, None, None].to(dtype) * frequencies
-        return angles.cos() * self.magnitude, angles.sin() * self.magnitude
+        cos, sin = angles.cos() * self.magnitude, angles.sin() * self.magnitude
+        return self._join(cos, cos), self._join(-sin, sin)
 
     def _turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        turning, still = x[..., : self.dim], x[..., self.dim :]
-        if self.interleaved:
-            a, b = turning[..., 0::2], turning[..., 1::2]
-            turned = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
-        else:
-            a, b = turning.chunk(2, dim=-1)
-            turned = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
-        turned = turned.to(x.dtype)
-        return torch.cat((turned, still), dim=-1) if still.shape[-1] else turned
+        turning = x[..., : self.dim] if self.dim < x.shape[-1] else x
+        a, b = (turning[..., 0::2], turning[..., 1::2]) if self.interleaved else turning.chunk(2, dim=-1)
+        turned = (turning * cos + self._join(b, a) * sin).to(x.dtype)
+        return turned if turning is x else torch.cat((turned, x[..., self.dim :]), dim=-1)
+
+    def _join(self, a: Tensor, b: Tensor) -> Tensor:
+        """First and second channels of the pairs, back in their places."""
+        return torch.stack((a, b), dim=-1).flatten(-2) if self.interleaved else torch.cat((a, b), dim=-1)
 
 
 def _alibi_slopes(heads: int) -> Tensor:

@@ -27,7 +27,8 @@ class _Loop(torch.autograd.Function):
         ctx.save_for_backward(x_ND, weight_EDF)
         y_NF = x_ND.new_empty(x_ND.shape[0], weight_EDF.shape[2])
         for x, weight, y in zip(x_ND.split(ctx.counts), weight_EDF, y_NF.split(ctx.counts), strict=True):
-            torch.mm(x, weight, out=y)
+            if x.shape[0]:  # few experts are met by one decoding step
+                torch.mm(x, weight, out=y)
         return y_NF
 
     @staticmethod
