@@ -309,3 +309,15 @@ def test_tensorboard_gets_the_same_numbers_when_it_is_there(run, tmp_path, monke
     assert [value for name, value, _ in written if name == "train/loss"] == [line["loss"] for line in lines]
     assert sum(name == "load/1/entropy" for name, _, _ in written) == run.steps
     assert written[-1][0] == "closed"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_at_once(number):
+    from sextant.train.loop import stop_requests
+
+    with pytest.raises(SystemExit) as ended, stop_requests() as asked:
+        signal.raise_signal(number)
+        assert asked()
+        signal.raise_signal(number)
+    assert ended.value.code == 128 + number
+    assert signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL)
