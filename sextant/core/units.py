@@ -28,7 +28,7 @@ def count(n: float, digits: int = 2) -> str:
     for unit, scale in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if abs(n) >= scale:
             return f"{n / scale:.{digits}f} {unit}"
-    return f"{n:g}"
+    return f"{n:.{digits}f}".rstrip("0").rstrip(".") if digits else f"{n:.0f}"
 
 
 def size(n: float) -> str:
