@@ -58,6 +58,9 @@ def _causal(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTV: Tensor, span: Span, scores: 
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None, causal: bool = False) -> Tensor:
+    if bias is not None and bias.dtype not in (torch.bool, q.dtype) and q.is_cuda:
+        # Fused GPU kernels misread a bias of another dtype (NaN), and a rounded one would not be fp32 scores.
+        return _sdpa(q.to(bias.dtype), k.to(bias.dtype), v.to(bias.dtype), scale, bias).to(q.dtype)
     grouped = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, bias, is_causal=causal, scale=scale, enable_gqa=grouped)
 
