@@ -121,14 +121,23 @@ def _likeliest(scaled_BP: Tensor, samplings: Sequence[Sampling]) -> Tensor:
     """Top-k, then top-p over what top-k left."""
     vocab = scaled_BP.shape[1]
     k_B = _column([sampling.top_k or vocab for sampling in samplings], scaled_BP)
-    p_B = _column([sampling.top_p for sampling in samplings], scaled_BP)
-    ordered_BP, order_BP = scaled_BP.sort(dim=-1, descending=True, stable=True)
-    beyond_k_BP = torch.arange(vocab, device=k_B.device) >= k_B
-    probs_BP = ordered_BP.masked_fill(beyond_k_BP, -math.inf).softmax(-1)
-    mass_before_BP = probs_BP.cumsum(-1, dtype=torch.float64) - probs_BP
-    refused_BP = beyond_k_BP | ((mass_before_BP >= p_B) & (p_B < 1))
-    refused_BP[:, 0] = False
-    return scaled_BP.masked_fill(torch.empty_like(refused_BP).scatter_(1, order_BP, refused_BP), -math.inf)
+    p_B = _column([sampling.top_p if sampling.top_p < 1 else math.inf for sampling in samplings], scaled_BP)
+    longest = min(vocab, max(sampling.top_k or vocab for sampling in samplings))
+    # [B, longest] from here: how many stay depends on ordered values alone, because tied tokens weigh the same.
+    ordered = scaled_BP.topk(longest).values
+    within_k = torch.arange(longest, device=k_B.device) < k_B
+    probs = ordered.masked_fill(~within_k, -math.inf).softmax(-1)
+    mass_before = probs.cumsum(-1, dtype=torch.float64) - probs
+    count_B = (within_k & (mass_before < p_B)).sum(-1, keepdim=True)
+    return _largest(scaled_BP, ordered.gather(1, count_B - 1), count_B)
+
+
+def _largest(scaled_BP: Tensor, least_B: Tensor, count_B: Tensor) -> Tensor:
+    """Keep ``count_B`` values of each row, the smallest of which is ``least_B``; of its ties the lower ids."""
+    above_BP, tied_BP = scaled_BP > least_B, scaled_BP == least_B
+    ties_B = count_B - above_BP.sum(-1, keepdim=True)
+    kept_BP = above_BP | (tied_BP & (tied_BP.cumsum(-1) <= ties_B))
+    return scaled_BP.masked_fill(~kept_BP, -math.inf)
 
 
 def draw(log_weights_BP: Tensor, uniforms: Sequence[float]) -> list[int]:
