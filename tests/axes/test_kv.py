@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from cases import built, close, model_spec, random_tokens, run
+from cases import built, close, examples, model_spec, params, random_tokens, run
 
 from sextant.axes.attention import Full, Window
 from sextant.axes.capacity import Dense
-from sextant.axes.kv import GQA, RoPE
+from sextant.axes.kv import GQA, TABLE, NoPE, RoPE
+from sextant.axes.numerics import FP32
 from sextant.axes.stability import RMSNorm
 from sextant.core.errors import UsageError
 from sextant.core.stream import Stream
@@ -28,6 +29,30 @@ def test_repeated_kv_heads_make_multi_head_attention(groups, pattern):
     multi.load_state_dict(weights)
     tokens_T = random_tokens(9)
     close(run(multi, tokens_T, [9]), run(grouped, tokens_T, [9]))
+
+
+@pytest.mark.parametrize("position", params([RoPE(), RoPE(fraction=0.5), NoPE()]))
+@pytest.mark.parametrize("kv", params(examples(TABLE)))
+def test_projection_by_definition(kv, position):
+    """Product and bias, norm per head, position code, in this order; values take the product alone."""
+    kv = kv.replace(position=position if kv.head_dim % 4 == 0 else NoPE())
+    module = kv.build(10, FP32()).double()
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter)
+    x_TD, stream = torch.randn(5, 10, dtype=torch.float64), Stream.of_lengths([5])
+
+    def rows(linear, norm=None):
+        y_THK = x_TD @ linear.weight.T + (linear.bias if kv.bias else 0)
+        y_THK = y_THK.unflatten(-1, (-1, kv.head_dim))
+        return y_THK if norm is None else norm.gain * y_THK / (y_THK.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+
+    want_q, want_k = module.position(rows(module.q, module.q_norm), rows(module.k, module.k_norm), stream)
+    q, k, v = module.project(x_TD, stream)
+    close(q, want_q, 1e-12)
+    close(k, want_k, 1e-12)
+    close(v, rows(module.v), 1e-12)
+    o_THV = torch.randn(5, kv.heads, kv.head_dim, dtype=torch.float64)
+    close(module.output(o_THV), o_THV.flatten(1) @ module.o.weight.T, 1e-12)
 
 
 def test_query_key_norm_forgets_the_scale_of_the_projections():

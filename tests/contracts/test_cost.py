@@ -26,6 +26,7 @@ from sextant.core.cost import At, Cost
 from sextant.core.stream import Stream
 from sextant.kernels.loss import summed_loss
 from sextant.model.spec import Layer
+from sextant.recipes import RECIPES
 
 WIDTH = 12
 AT = At(tokens=24, itemsize=4)
@@ -90,7 +91,9 @@ def models():
         yield model_spec(Layer(kv=kv, feed_forward=ff, residual=residual), width=WIDTH)  # type: ignore[arg-type]
 
 
+TWINS = {recipe.name: recipe.twin().model for recipe in RECIPES if recipe.twin().model.cost(AT).params < 10**7}
 MODELS = [pytest.param(spec, id=str(index)) for index, spec in enumerate(models())]
+MODELS += [pytest.param(spec, id=name) for name, spec in TWINS.items()]
 
 
 @pytest.mark.parametrize("spec", MODELS)

@@ -169,6 +169,14 @@ def test_experts_round_trip():
     close(combine(dispatch(x_TD, where, 4), gates_TA, where), x_TD, 1e-6)
 
 
+@pytest.mark.parametrize("experts", [8, 300, 2000])
+def test_ties_go_to_the_lower_number(experts):
+    """A GPU's sort is stable only when asked."""
+    router = SoftmaxTopK(top_k=8).build(16, experts).to(GPU)
+    torch.nn.init.zeros_(router.weight)
+    assert router(torch.randn(70, 16, device=GPU)).experts_TA.tolist() == [list(range(8))] * 70
+
+
 def test_norm():
     x, gain_D = torch.randn(65, 96, device=GPU).bfloat16(), torch.randn(96, device=GPU)
     close(rms_norm(x, gain_D, 1e-6), rms_norm_reference(x.double(), gain_D.double(), 1e-6), 1e-5)
