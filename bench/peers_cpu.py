@@ -1,9 +1,12 @@
 """Our twins against transformers' classes on a CPU: same shapes, same batch, same optimiser, in one run.
 
-Training: tokens/s of whole steps (forward, loss, backward, clip, AdamW), rivals taking turns. Decoding: new tokens/s of
-greedy generation after the same prompt. Medians; ratios are what to read.
+Training: tokens/s of whole steps (forward, loss, backward, clip, AdamW). Decoding: new tokens/s of greedy generation
+after the same prompt, prefill included. Each rival lives in a process of its own, as its users run it, and they take
+turns, so that a noisy machine treats them alike. "theirs+" is transformers with our allocator setting
+(``sextant.core.allocator``), which it does not make itself: the ratio to it is what our model code alone gains.
+Medians; ratios are what to read.
 
-    OMP_NUM_THREADS=2 python bench/peers_cpu.py [--rounds 12] [--out bench/results/peers_cpu.json]
+    OMP_NUM_THREADS=2 python bench/peers_cpu.py --out bench/results/peers_cpu.json
 """
 
 from __future__ import annotations
@@ -13,6 +16,8 @@ import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,23 +26,28 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-import transformers
-from torch import nn
 
 from sextant import recipes
 from sextant.axes.numerics import BF16, FP32
+from sextant.core.allocator import keep_freed_memory
 from sextant.core.stream import Stream
 from sextant.model.spec import ModelSpec
-from sextant.serve.generate import decode_tokens, lower_weights
 from sextant.train.loss import Balance, micro_loss
 from sextant.train.run import Run
 
 ROWS, LENGTH = 8, 256
 PROMPT, NEW = 64, 128
+TWINS = ("mixtral-8x7b", "llama-3-8b")
+RIVALS = ("ours", "theirs", "theirs+")
+JOBS = ("train", "decode 1", "decode 16")
+Turn = Callable[[], int]
+"""One step or generation; returns the tokens it made or learnt from."""
 
 
-def their_config(spec: ModelSpec) -> Any:
-    """The same shape as a transformers configuration."""
+def their_model(spec: ModelSpec, dtype: torch.dtype) -> Any:
+    """transformers' class for the same shape, random weights."""
+    import transformers
+
     layer: Any = spec.layers[0]
     common: dict[str, Any] = {
         "vocab_size": spec.vocab, "hidden_size": spec.width, "num_hidden_layers": len(spec.layers),
@@ -48,112 +58,147 @@ def their_config(spec: ModelSpec) -> Any:
         "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0,
     }
     if layer.feed_forward.kind == "dense":
-        return transformers.LlamaConfig(**common)
-    experts = layer.feed_forward
-    return transformers.MixtralConfig(
-        **common, num_local_experts=experts.experts, num_experts_per_tok=experts.router.top_k,
-        output_router_logits=True, router_aux_loss_coef=experts.balance[0].coef, sliding_window=None,
-    )
+        config: Any = transformers.LlamaConfig(**common)
+    else:
+        experts = layer.feed_forward
+        config = transformers.MixtralConfig(
+            **common, num_local_experts=experts.experts, num_experts_per_tok=experts.router.top_k,
+            output_router_logits=True, router_aux_loss_coef=experts.balance[0].coef, sliding_window=None,
+        )
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
-def their_step(spec: ModelSpec, dtype: torch.dtype) -> Callable[[torch.Tensor], None]:
-    torch.manual_seed(0)
-    model: Any = transformers.AutoModelForCausalLM.from_config(their_config(spec), dtype=dtype).train()
+def their_training(spec: ModelSpec, dtype: torch.dtype) -> Turn:
+    model = their_model(spec, dtype).train()
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
 
-    def step(tokens_BT: torch.Tensor) -> None:
+    def step() -> int:
+        tokens_BT = torch.randint(2, spec.vocab, (ROWS, LENGTH))
         model(input_ids=tokens_BT, labels=tokens_BT, use_cache=False).loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
+        return tokens_BT.numel()
 
     return step
 
 
-def our_step(run: Run) -> Callable[[torch.Tensor], None]:
+def our_training(run: Run) -> Turn:
     model = run.model.build(run.numerics).train()
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     balance = Balance(run.model)
 
-    def step(tokens_BT: torch.Tensor) -> None:
+    def step() -> int:
+        tokens_BT = torch.randint(2, run.model.vocab, (ROWS, LENGTH))
         targets_BT = torch.cat([tokens_BT[:, 1:], torch.full_like(tokens_BT[:, :1], -100)], dim=1)
         balance.start()
-        stream = Stream.of_lengths([tokens_BT.shape[1]] * tokens_BT.shape[0])
-        predicted = tokens_BT.numel() - tokens_BT.shape[0]
-        loss = micro_loss(
-            model, tokens_BT.flatten(), targets_BT.flatten(), stream, balance, predicted, tokens_BT.numel()
-        )
+        stream = Stream.of_lengths([LENGTH] * ROWS)
+        tokens_T, targets_T = tokens_BT.flatten(), targets_BT.flatten()
+        loss = micro_loss(model, tokens_T, targets_T, stream, balance, ROWS * (LENGTH - 1), ROWS * LENGTH)
         loss.total.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
+        return tokens_T.numel()
 
     return step
 
 
-def tokens_per_second(rivals: dict[str, Callable[[torch.Tensor], None]], vocab: int, rounds: int) -> dict[str, float]:
-    times: dict[str, list[float]] = {name: [] for name in rivals}
-    for turn in range(rounds + 2):
-        tokens_BT = torch.randint(2, vocab, (ROWS, LENGTH))
-        for name, step in rivals.items():
-            began = time.perf_counter()
-            step(tokens_BT)
-            if turn >= 2:
-                times[name].append(time.perf_counter() - began)
-    return {name: ROWS * LENGTH / statistics.median(seconds) for name, seconds in times.items()}
+def their_decoding(spec: ModelSpec, dtype: torch.dtype, batch: int) -> Turn:
+    model = their_model(spec, dtype).eval()
+
+    def generate() -> int:
+        prompt_BT = torch.randint(2, spec.vocab, (batch, PROMPT))
+        model.generate(
+            prompt_BT, attention_mask=torch.ones_like(prompt_BT), max_new_tokens=NEW, min_new_tokens=NEW,
+            do_sample=False, use_cache=True, pad_token_id=0,
+        )
+        return batch * NEW
+
+    return generate
 
 
-def decode_rates(run: Run, dtype: torch.dtype, batch: int, rounds: int) -> dict[str, float]:
-    ours = run.model.build(run.numerics).eval()
-    if dtype is torch.bfloat16:
-        lower_weights(ours)
-    theirs: Any = transformers.AutoModelForCausalLM.from_config(their_config(run.model), dtype=dtype).eval()
-    options = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "use_cache": True, "pad_token_id": 0}
-    times: dict[str, list[float]] = {"ours": [], "theirs": []}
-    for turn in range(rounds + 1):
+def our_decoding(run: Run, batch: int) -> Turn:
+    from sextant.serve.generate import decode_tokens, lower_weights
+
+    model = lower_weights(run.model.build(run.numerics).eval())
+
+    def generate() -> int:
         prompt_BT = torch.randint(2, run.model.vocab, (batch, PROMPT))
+        decode_tokens(model, prompt_BT.tolist(), NEW)
+        return batch * NEW
+
+    return generate
+
+
+def rival(name: str, twin: str, dtype: str, job: str) -> Turn:
+    numerics, their_dtype = (BF16(), torch.bfloat16) if dtype == "bf16" else (FP32(), torch.float32)
+    run = recipes.get(twin).twin().replace(numerics=numerics)
+    kind, _, batch = job.partition(" ")
+    if name != "theirs":
+        keep_freed_memory()
+    if name == "ours":
+        return our_training(run) if kind == "train" else our_decoding(run, int(batch))
+    if kind == "train":
+        return their_training(run.model, their_dtype)
+    return their_decoding(run.model, their_dtype, int(batch))
+
+
+def serve(turn: Turn) -> None:
+    """In a rival's process: one turn for every line on stdin, answered with tokens per second."""
+    turn()
+    print("ready", flush=True)
+    for _ in sys.stdin:
         began = time.perf_counter()
-        decode_tokens(ours, prompt_BT.tolist(), NEW)
-        middle = time.perf_counter()
-        theirs.generate(prompt_BT, attention_mask=torch.ones_like(prompt_BT), **options)
-        ended = time.perf_counter()
-        if turn:
-            times["ours"].append(middle - began)
-            times["theirs"].append(ended - middle)
-    return {name: batch * NEW / statistics.median(seconds) for name, seconds in times.items()}
+        tokens = turn()
+        print(tokens / (time.perf_counter() - began), flush=True)
+
+
+def compete(twin: str, dtype: str, job: str, rounds: int) -> dict[str, float]:
+    """Median tokens per second of every rival, taking turns."""
+    command = [sys.executable, __file__, "--serve"]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    rivals = {name: subprocess.Popen([*command, name, twin, dtype, job], **pipes) for name in RIVALS}
+    rates: dict[str, list[float]] = {name: [] for name in RIVALS}
+    for process in rivals.values():
+        process.stdout.readline()
+    for _ in range(rounds + 1):
+        for name, process in rivals.items():
+            process.stdin.write("go\n")
+            process.stdin.flush()
+            rates[name].append(float(process.stdout.readline()))
+    for process in rivals.values():
+        process.communicate()
+    return {name: statistics.median(values[1:]) for name, values in rates.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--serve", nargs=4)
     arguments = parser.parse_args()
+    if arguments.serve:
+        serve(rival(*arguments.serve))
+        return
     rows = []
-    for name in ("mixtral-8x7b", "llama-3-8b"):
-        for label, dtype, numerics in (("fp32", torch.float32, FP32()), ("bf16", torch.bfloat16, BF16())):
-            run = recipes.get(name).twin().replace(numerics=numerics)
-            rivals = {"ours": our_step(run), "theirs": their_step(run.model, dtype)}
-            rates = tokens_per_second(rivals, run.model.vocab, arguments.rounds)
-            rows.append((name, label, f"train {ROWS}x{LENGTH}", rates["ours"], rates["theirs"]))
-            print_row(rows[-1])
-            for batch in (1, 16):
-                rates = decode_rates(run, dtype, batch, max(3, arguments.rounds // 3))
-                rows.append((name, label, f"decode batch {batch}", rates["ours"], rates["theirs"]))
-                print_row(rows[-1])
+    for twin in TWINS:
+        for dtype in ("fp32", "bf16"):
+            for job in JOBS:
+                rates = compete(twin, dtype, job, arguments.rounds)
+                ratios = {f"ratio {name}": rates["ours"] / rates[name] for name in RIVALS[1:]}
+                rows.append({"twin": twin, "dtype": dtype, "job": job, **rates, **ratios})
+                shown = "  ".join(f"{name} {rate:8.0f}" for name, rate in rates.items())
+                gains = "  ".join(f"{name} {ratio:4.2f}" for name, ratio in ratios.items())
+                print(f"{twin:13} {dtype} {job:10} tok/s: {shown}   {gains}", flush=True)
     if arguments.out:
+        import transformers
+
         machine = {
-            "cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads(),
-            "torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version(),
+            "cpus": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__,
+            "transformers": transformers.__version__, "python": platform.python_version(),
         }
-        columns = ("twin", "dtype", "job", "ours tok/s", "theirs tok/s")
-        results = [dict(zip(columns, row, strict=True)) | {"ratio": row[3] / row[4]} for row in rows]
-        arguments.out.write_text(json.dumps({"machine": machine, "rows": results}, indent=1) + "\n")
-
-
-def print_row(row: tuple[str, str, str, float, float]) -> None:
-    name, label, job, ours, theirs = row
-    rates = f"ours {ours:9.0f}  theirs {theirs:9.0f}  ratio {ours / theirs:5.2f}"
-    print(f"{name:14} {label:5} {job:16} {rates}", flush=True)
+        arguments.out.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

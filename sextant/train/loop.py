@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sextant.core import units
+from sextant.core.allocator import keep_freed_memory
 from sextant.core.cost import At
 from sextant.core.errors import NumericsError, Stopped
 from sextant.data.loader import Batch, Loader, heldout
@@ -48,6 +49,7 @@ class Trainer:
         sampler: Sampler | None = None,
     ):
         check_run(run)
+        keep_freed_memory()
         self.run, self.folder, self.say, self.sampler = run, folder, say, sampler
         self.device = torch.device(device)
         self.train_shards, self.heldout_shards, self.tokenizer = opened(run.data)
@@ -76,14 +78,17 @@ class Trainer:
             Stopped: asked to stop by SIGINT or SIGTERM, after saving.
             NumericsError: a value was not finite, or the spike policy is used up.
         """
-        with stop_requests() as asked:
-            while self.step < self.run.steps:
-                self._advance()
-                if asked():
-                    self._save()
-                    raise Stopped(f"stopped after step {self.step}, saved; run the same command to go on")
-                self._look()
-        return self._finish()
+        try:
+            with stop_requests() as asked:
+                while self.step < self.run.steps:
+                    self._advance()
+                    if asked():
+                        self._save()
+                        raise Stopped(f"stopped after step {self.step}, saved; run the same command to go on")
+                    self._look()
+            return self._finish()
+        finally:
+            self.board.close()
 
     def parameters(self) -> str:
         """``1.91 M parameters, 1.14 M active``."""
@@ -210,7 +215,6 @@ class Trainer:
         result = self._evaluate(None)
         self._save_if_new()
         self.folder.event("done", step=self.step, bpb=result.bpb, loss=result.loss, seconds=self.seconds)
-        self.board.close()
         return result
 
     def _prepare_folder(self) -> None:

@@ -96,3 +96,14 @@ def test_combine_is_fp32_over_half_precision_rows():
     want = (rows_ND.double()[where.row_N].unflatten(0, (9, 4)) * gates_TA.double()[..., None]).sum(1)
     assert got.dtype == torch.float32
     close(got.double(), want, 1e-6)
+
+
+@pytest.mark.parametrize("copies", [1, 3])
+def test_rows_by_themselves_equal_rows_by_expert(copies: int) -> None:
+    """The path of a decoding step against the general one."""
+    from sextant.kernels.grouped import row_linear
+
+    experts = [3, 0, 3, 2, 0][: 2 * copies]
+    x_ND, weight_EDF = torch.randn(len(experts), 6, dtype=torch.float64), torch.randn(4, 6, 5, dtype=torch.float64)
+    rows = torch.stack([x_ND[n] @ weight_EDF[expert] for n, expert in enumerate(experts)])
+    torch.testing.assert_close(row_linear(x_ND, weight_EDF, experts), rows)

@@ -19,7 +19,7 @@ from sextant.axes.numerics import Numerics
 from sextant.axes.routing import AnyBalance, AnyOverflow, AnyRouter, Dropless, Routing, SoftmaxTopK
 from sextant.axes.stability import Role
 from sextant.core.cost import At, Cost
-from sextant.kernels.grouped import grouped_linear, row_tile
+from sextant.kernels.grouped import grouped_linear, row_linear, row_tile
 from sextant.kernels.permute import combine, dispatch, plan
 
 
@@ -94,9 +94,19 @@ class ExpertsModule(nn.Module):
     def routed(self, x_TD: Tensor, routing: Routing) -> Tensor:
         """Dispatch, experts, combine: fp32 ``[T, D]``."""
         gates_TA = self.spec.overflow.admit(routing)
-        where = plan(routing.experts_TA, self.spec.experts, row_tile(x_TD))
+        copies = routing.experts_TA.numel()
+        if copies <= self.spec.experts and x_TD.device.type == "cpu" and not torch.is_grad_enabled():
+            return self._few(x_TD, routing.experts_TA, gates_TA)
+        where = plan(routing.experts_TA, self.spec.experts, row_tile(x_TD, copies))
         rows_ND = dispatch(x_TD, where, self.spec.router.top_k)
         return combine(self.experts(rows_ND, where.counts_E), gates_TA, where)
+
+
+    def _few(self, x_TD: Tensor, experts_TA: Tensor, gates_TA: Tensor) -> Tensor:
+        """No more copies than experts, as in a decoding step: each row by itself, without sorting."""
+        rows_ND = x_TD.repeat_interleave(experts_TA.shape[1], dim=0)
+        y_TAD = self.experts.each(rows_ND, experts_TA.flatten().tolist()).unflatten(0, gates_TA.shape)
+        return torch.linalg.vecdot(y_TAD.to(gates_TA.dtype), gates_TA[..., None], dim=1)
 
 
 class ExpertStack(nn.Module):
@@ -112,6 +122,12 @@ class ExpertStack(nn.Module):
         self.down_EFD = nn.Parameter(torch.empty(spec.experts, spec.hidden, width))
 
     def forward(self, x_ND: Tensor, counts_E: Tensor) -> Tensor:
-        h_NF = grouped_linear(x_ND, self.up_EDF, counts_E)
+        return grouped_linear(self._activate(grouped_linear(x_ND, self.up_EDF, counts_E)), self.down_EFD, counts_E)
+
+    def each(self, x_ND: Tensor, experts: list[int]) -> Tensor:
+        """Rows in any order, each with its expert's number; keeps no gradient."""
+        return row_linear(self._activate(row_linear(x_ND, self.up_EDF, experts)), self.down_EFD, experts)
+
+    def _activate(self, h_NF: Tensor) -> Tensor:
         gate_NF, value_NF = h_NF.chunk(2, dim=-1) if is_gated(self.activation) else (h_NF, None)
-        return grouped_linear(activate(self.activation, gate_NF, value_NF), self.down_EFD, counts_E)
+        return activate(self.activation, gate_NF, value_NF)

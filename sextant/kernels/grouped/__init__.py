@@ -22,14 +22,10 @@ class _Loop(torch.autograd.Function):
     """One product per expert into preallocated memory; the fast path on a CPU, where a call costs little."""
 
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, weight_EDF: Tensor, counts_E: Tensor) -> Tensor:
-        ctx.counts = counts_E.tolist()
+    def forward(ctx: Any, x_ND: Tensor, weight_EDF: Tensor, counts: list[int]) -> Tensor:
+        ctx.counts = counts
         ctx.save_for_backward(x_ND, weight_EDF)
-        y_NF = x_ND.new_empty(x_ND.shape[0], weight_EDF.shape[2])
-        for x, weight, y in zip(x_ND.split(ctx.counts), weight_EDF, y_NF.split(ctx.counts), strict=True):
-            if x.shape[0]:  # few experts are met by one decoding step
-                torch.mm(x, weight, out=y)
-        return y_NF
+        return _products(x_ND, weight_EDF, counts)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -43,9 +39,29 @@ class _Loop(torch.autograd.Function):
         return dx_ND, dweight_EDF, None
 
 
-def row_tile(x: Tensor) -> int:
-    """Rows per expert should be a multiple of this: half-precision CPU products are compiled for each new shape."""
-    return 32 if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) else 1
+def _products(x_ND: Tensor, weight_EDF: Tensor, counts: list[int]) -> Tensor:
+    y_NF = x_ND.new_empty(x_ND.shape[0], weight_EDF.shape[2])
+    for x, weight, y in zip(x_ND.split(counts), weight_EDF, y_NF.split(counts), strict=True):
+        if x.shape[0]:  # few experts are met by one decoding step
+            torch.mm(x, weight, out=y)
+    return y_NF
+
+
+def row_tile(x: Tensor, rows: int) -> int:
+    """What each expert's share of ``rows`` rows should be a multiple of.
+
+    Half-precision products are compiled for each new shape on a CPU: with many rows nearly every step has new shapes.
+    """
+    return 32 if rows >= 1024 and x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) else 1
+
+
+def row_linear(x_ND: Tensor, weight_EDF: Tensor, experts: list[int]) -> Tensor:
+    """Row n times the matrix of ``experts[n]``, in any order: for the few rows of a decoding step; no gradient."""
+    weight_EDF = weight_EDF.to(x_ND.dtype)
+    y_NF = x_ND.new_empty(x_ND.shape[0], weight_EDF.shape[2])
+    for n, expert in enumerate(experts):
+        torch.mm(x_ND[n : n + 1], weight_EDF[expert], out=y_NF[n : n + 1])
+    return y_NF
 
 
 def grouped_linear(x_ND: Tensor, weight_EDF: Tensor, counts_E: Tensor) -> Tensor:
@@ -59,4 +75,7 @@ def grouped_linear(x_ND: Tensor, weight_EDF: Tensor, counts_E: Tensor) -> Tensor
     weight_EDF = weight_EDF.to(x_ND.dtype)
     if x_ND.is_cuda and x_ND.dtype == torch.bfloat16:
         return F.grouped_mm(x_ND, weight_EDF, offs=counts_E.cumsum(0, dtype=torch.int32))
-    return _Loop.apply(x_ND, weight_EDF, counts_E)  # type: ignore[return-value]
+    counts = counts_E.tolist()
+    if torch.is_grad_enabled():
+        return _Loop.apply(x_ND, weight_EDF, counts)  # type: ignore[return-value]
+    return _products(x_ND, weight_EDF, counts)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE = -100
-CHUNK = {"cpu": 1024, "cuda": 8192}
+CHUNK = {"cpu": 256, "cuda": 8192}
 """Rows of logits at a time: what a CPU's cache likes, and enough to fill a GPU."""
 
 
@@ -25,7 +25,10 @@ def token_losses(x_TD: Tensor, head_PD: Tensor, targets_T: Tensor, softcap: floa
 
 
 class _SummedLoss(torch.autograd.Function):
-    """The gradient of a sum of cross-entropies is known once the logits are, so forward computes both."""
+    """The gradient of a sum of cross-entropies is known once the logits are, so forward computes both.
+
+    Two buffers of one chunk serve all chunks: fresh memory of that size costs more than what is computed in it.
+    """
 
     @staticmethod
     def forward(
@@ -36,24 +39,18 @@ class _SummedLoss(torch.autograd.Function):
         loss = x_TD.new_zeros((), dtype=dtype)
         dx_TD = torch.empty_like(x_TD)
         dhead_PD = torch.zeros_like(head_PD)
+        size = (min(chunk, x_TD.shape[0]), head_PD.shape[0])
+        product, probs = x_TD.new_empty(size), x_TD.new_empty(size, dtype=dtype)
         for x, target, dx in zip(x_TD.split(chunk), targets_T.split(chunk), dx_TD.split(chunk), strict=True):
-            logits = F.linear(x, weight_PD).to(dtype)
-            squashed = None if softcap is None else torch.tanh(logits / softcap)
-            if squashed is not None and softcap is not None:
-                logits = softcap * squashed
-            picked = target.clamp_min(0)[:, None]
-            ignored = (target == IGNORE).nonzero()[:, 0]
-            top = logits.amax(-1, keepdim=True)
-            right = logits.gather(1, picked)
-            grad = logits.softmax(-1)
-            lse = top - grad.amax(-1, keepdim=True).log()
-            loss += (lse - right).index_fill_(0, ignored, 0).sum()
-            grad.scatter_add_(1, picked, grad.new_full(picked.shape, -1.0)).index_fill_(0, ignored, 0)
-            if squashed is not None:
-                grad *= 1 - squashed.square()
+            logits = torch.mm(x, weight_PD.t(), out=product[: len(x)]).to(dtype)
+            nats, grad = _losses_and_gradient(logits, target, softcap, probs[: len(x)])
+            loss += nats
             grad = grad.to(x.dtype)
             torch.mm(grad, weight_PD, out=dx)
-            dhead_PD += grad.t() @ x
+            if grad.dtype == dhead_PD.dtype:
+                dhead_PD.addmm_(grad.t(), x)
+            else:
+                dhead_PD += grad.t() @ x
         ctx.save_for_backward(dx_TD, dhead_PD)
         return loss
 
@@ -61,6 +58,24 @@ class _SummedLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         dx_TD, dhead_PD = ctx.saved_tensors
         return dx_TD * grads[0].to(dx_TD.dtype), dhead_PD * grads[0].to(dhead_PD.dtype), None, None, None
+
+
+def _losses_and_gradient(
+    logits_TP: Tensor, target_T: Tensor, softcap: float | None, probs_TP: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Summed loss of a chunk and its gradient by the logits, which is written into ``probs_TP``."""
+    squashed_TP = None if softcap is None else torch.tanh(logits_TP / softcap)
+    if squashed_TP is not None and softcap is not None:
+        logits_TP = softcap * squashed_TP
+    picked_T1 = target_T.clamp_min(0)[:, None]
+    ignored = (target_T == IGNORE).nonzero()[:, 0]
+    torch.softmax(logits_TP, -1, out=probs_TP)
+    lse_T1 = logits_TP.amax(-1, keepdim=True) - probs_TP.amax(-1, keepdim=True).log()
+    nats = (lse_T1 - logits_TP.gather(1, picked_T1)).index_fill_(0, ignored, 0).sum()
+    probs_TP.scatter_add_(1, picked_T1, probs_TP.new_full(picked_T1.shape, -1.0)).index_fill_(0, ignored, 0)
+    if squashed_TP is not None:
+        probs_TP *= 1 - squashed_TP.square()
+    return nats, probs_TP
 
 
 def summed_loss(

@@ -73,8 +73,7 @@ class _Combine(torch.autograd.Function):
         ctx: Any, y_ND: Tensor, gates_TA: Tensor, source_N: Tensor, row_N: Tensor, zeros: Tensor | None
     ) -> Tensor:
         ctx.save_for_backward(y_ND, gates_TA, source_N, row_N, zeros)
-        y_TAD = y_ND.index_select(0, row_N).unflatten(0, gates_TA.shape)
-        return torch.linalg.vecdot(y_TAD.to(gates_TA.dtype), gates_TA[..., None], dim=1)
+        return _weighted(y_ND, gates_TA, row_N)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
@@ -91,12 +90,21 @@ def _rows(x_TD: Tensor, source_N: Tensor, zeros: Tensor | None, copies: int) -> 
     return rows_ND if zeros is None else rows_ND.index_fill_(0, zeros, 0)
 
 
+def _weighted(y_ND: Tensor, gates_TA: Tensor, row_N: Tensor) -> Tensor:
+    y_TAD = y_ND.index_select(0, row_N).unflatten(0, gates_TA.shape)
+    return torch.linalg.vecdot(y_TAD.to(gates_TA.dtype), gates_TA[..., None], dim=1)
+
+
 def dispatch(x_TD: Tensor, where: Plan, copies: int) -> Tensor:
     """Rows of the experts, ``[N, D]``: every token once for each of the ``copies`` = A experts it goes to."""
+    if not torch.is_grad_enabled():
+        return _rows(x_TD, where.source_N, where.zeros, copies)
     return _Dispatch.apply(x_TD, where.source_N, where.row_N, where.zeros, copies)  # type: ignore[return-value]
 
 
 def combine(y_ND: Tensor, gates_TA: Tensor, where: Plan) -> Tensor:
     """``out_t = sum_a gates_ta * y_(t,a)`` in the gates' dtype (fp32), in the order of the gates."""
+    if not torch.is_grad_enabled():
+        return _weighted(y_ND, gates_TA, where.row_N)
     parts = (where.source_N, where.row_N, where.zeros)
     return _Combine.apply(y_ND, gates_TA, *parts)  # type: ignore[return-value]
