@@ -13,6 +13,7 @@ from sextant.axes.kv import GQA, NoPE, RoPE
 from sextant.axes.kv.position import AnyPosition
 from sextant.axes.routing import Auxiliary, SoftmaxTopK
 from sextant.axes.stability import RMSNorm, SandwichNorm
+from sextant.core.cost import At
 from sextant.model.spec import Layer, ModelSpec, repeat, stack
 from sextant.recipes.base import paper_run, twin_run
 from sextant.train.optim import AdamW, Decay
@@ -88,8 +89,23 @@ def twin() -> Run:
             dropout=0.0,
         ),
     )
-    run = twin_run(model)
-    return run.replace(optimiser=AdamW(lr=4e-3, betas=(0.95, 0.925), decay=DECAY))
+    run = twin_run(model, steps=700)
+    return run.replace(optimiser=AdamW(lr=6e-3, betas=(0.95, 0.925), decay=DECAY))
+
+
+def dense_control() -> Run:
+    """The twin with each mixture replaced by the dense layer that has as many parameters as a token meets in it."""
+    run = twin()
+    moe = run.model.layers[1].feed_forward
+    met = moe.cost(run.model.width, At(1)).active_params
+    dense = Dense(hidden=round(met / (3 * run.model.width)))
+    sparse = [layer.feed_forward.kind == moe.kind for layer in run.model.layers]
+    layers = tuple(
+        layer.replace(feed_forward=dense) if is_moe else layer
+        for layer, is_moe in zip(run.model.layers, sparse, strict=True)
+    )
+    name = "mai-base-1-dense-control"
+    return run.replace(name=name, model=run.model.replace(name=name, layers=layers))
 
 
 
