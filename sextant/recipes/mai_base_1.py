@@ -12,7 +12,7 @@ from sextant.axes.capacity import Dense, LatentExperts
 from sextant.axes.kv import GQA, NoPE, RoPE
 from sextant.axes.kv.position import AnyPosition
 from sextant.axes.routing import Auxiliary, SoftmaxTopK
-from sextant.axes.stability import RMSNorm, SandwichNorm
+from sextant.axes.stability import NormalInit, RMSNorm, SandwichNorm
 from sextant.core.cost import At
 from sextant.model.spec import Layer, ModelSpec, repeat, stack
 from sextant.recipes.base import paper_run, twin_run
@@ -22,6 +22,7 @@ from sextant.train.schedule import Cosine
 
 DEPTHS = range(12, 79, 6)
 PERIOD = 6
+TWIN_STD = 0.05
 DECAY = Decay(default=0.1, attention=0.01, embedding=0.005)
 
 
@@ -80,10 +81,11 @@ def paper() -> Run:
 def twin() -> Run:
     """Six layers, one of them global, three of them LatentMoE: 1.9 M parameters, 1.1 M active.
 
-    Dropout is off: the twin sees its small corpus about once, where dropout only slows it.
+    Dropout is off: the twin sees its small corpus about once, where dropout only slows it. Matrices start at
+    ``TWIN_STD``: at this width 0.02 would leave the experts' sum far below the output norm's eps.
     """
     model = ModelSpec(
-        name="mai-base-1-twin", vocab=4096, width=128, context=512, tied=True,
+        name="mai-base-1-twin", vocab=4096, width=128, context=512, tied=True, init=NormalInit(std=TWIN_STD),
         layers=layers(
             6, heads=4, kv_heads=2, head_dim=32, window=32, dense=128, experts=16, top_k=2, latent=64, hidden=96,
             dropout=0.0,
@@ -114,6 +116,7 @@ def twin_at(depth: int) -> Run:
     width = 64 * depth // 3
     model = ModelSpec(
         name=f"mai-base-1-l{depth}-twin", vocab=4096, width=width, context=512, tied=True,
+        init=NormalInit(std=TWIN_STD),
         layers=layers(
             depth, heads=width // 32, kv_heads=2, head_dim=32, window=32, dense=width, experts=16, top_k=2,
             latent=width // 2, hidden=3 * width // 4, dropout=0.0,

@@ -6,7 +6,7 @@ from sextant.axes.attention import Full, Window
 from sextant.axes.capacity import Dense
 from sextant.axes.kv import GQA, RoPE
 from sextant.axes.numerics import BF16
-from sextant.axes.stability import RMSNorm
+from sextant.axes.stability import NormalInit, RMSNorm
 from sextant.data.spec import Data
 from sextant.model.spec import ModelSpec, repeat, stack
 from sextant.recipes.base import twin_run
@@ -45,7 +45,7 @@ def dense_150m() -> Run:
 def moe_400m() -> Run:
     """MAI-Base-1's choices at about 400 M parameters, 100 M active, in bf16 for one GPU."""
     return _gpu_run(ModelSpec(
-        name="moe-400m-a100m", vocab=8192, width=1024, context=4096, tied=True,
+        name="moe-400m-a100m", vocab=8192, width=1024, context=4096, tied=True, init=NormalInit(std=0.03),
         layers=mai_layers(
             12, heads=16, kv_heads=4, head_dim=64, window=512, dense=2048, experts=64, top_k=4, latent=512, hidden=512,
             dropout=0.0,

@@ -24,15 +24,17 @@ class SpikeWatch:
         self.skipped = 0
 
     def is_spike(self, loss: float, norm: float) -> bool:
-        """Judge a step before its update; a spike is counted and kept out of the window."""
-        if self._stands_out(loss, self.losses) or self._stands_out(norm, self.norms):
-            self.in_a_row += 1
-            self.skipped += 1
-            return True
+        """Judge a step before its update, then let it into the window.
+
+        A spike enters too: a lasting change of level widens the window until it passes, where a window without it
+        would skip for ever.
+        """
+        spike = self._stands_out(loss, self.losses) or self._stands_out(norm, self.norms)
         self.losses.append(loss)
         self.norms.append(norm)
-        self.in_a_row = 0
-        return False
+        self.in_a_row = self.in_a_row + 1 if spike else 0
+        self.skipped += spike
+        return spike
 
     @property
     def exhausted(self) -> bool:

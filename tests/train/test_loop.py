@@ -190,7 +190,7 @@ def test_spikes_without_end_stop_the_run(run, tmp_path):
         trainer = Trainer(run, folder, say=quiet)
         for _ in range(6):
             trainer._advance()
-        trainer.model.norm.gain.register_hook(lambda g: g * 1e4)
+        trainer.model.norm.gain.register_hook(lambda g: g * 1e4 ** (trainer.step - 5))
         trainer._advance()
         with pytest.raises(NumericsError, match="2 steps in a row"):
             trainer._advance()
@@ -321,3 +321,37 @@ def test_a_second_signal_ends_at_once(number):
         signal.raise_signal(number)
     assert ended.value.code == 128 + number
     assert signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL)
+
+
+def test_a_lasting_change_of_level_is_not_skipped_for_ever(run, tmp_path):
+    run = run.override("spikes.window=16", "steps=30")
+    with RunFolder(tmp_path) as folder:
+        trainer = Trainer(run, folder, say=quiet)
+        for _ in range(10):
+            trainer._advance()
+        trainer.model.norm.gain.register_hook(lambda g: g * 50)
+        for _ in range(12):
+            trainer._advance()
+        assert 1 <= trainer.spikes.skipped <= 4 and trainer.spikes.in_a_row == 0
+
+
+@pytest.mark.parametrize("name", ["nano", "mai-base-1", "mixtral-8x7b", "gemma-3-4b"])
+def test_compiled_blocks_give_the_same_gradients(name):
+    """The graphs that compilation makes, run without code generation, against plain execution; a packed batch too."""
+    from sextant.core.stream import Stream
+    from sextant.train.loss import Balance, micro_loss
+
+    spec = recipes.get(name).twin().model
+    spec = spec.replace(layers=spec.layers[-2:])
+    plain, compiled = spec.build(seed=3), spec.build(seed=3)
+    for block in compiled.blocks:
+        block.compile(backend="aot_eager")
+    tokens_T = torch.randint(spec.vocab, (128,))
+    for lengths in ([64, 64], [50, 78]):
+        balance, stream = Balance(spec), Stream.of_lengths(lengths)
+        for model in (plain, compiled):
+            model.zero_grad()
+            balance.start()
+            micro_loss(model, tokens_T, tokens_T.roll(-1), stream, balance, 128, 128).total.backward()
+        for (parameter, a), b in zip(plain.named_parameters(), compiled.parameters(), strict=True):
+            torch.testing.assert_close(b.grad, a.grad, rtol=1e-4, atol=1e-7, msg=parameter)

@@ -97,6 +97,8 @@ def _weighted(y_ND: Tensor, gates_TA: Tensor, row_N: Tensor) -> Tensor:
 
 def dispatch(x_TD: Tensor, where: Plan, copies: int) -> Tensor:
     """Rows of the experts, ``[N, D]``: every token once for each of the ``copies`` = A experts it goes to."""
+    if torch.compiler.is_compiling():  # plain operations, and still no index twice: its backward needs no atomics
+        return _rows(x_TD.repeat_interleave(copies, dim=0), where.source_N, where.zeros, 1)
     if not torch.is_grad_enabled():
         return _rows(x_TD, where.source_N, where.zeros, copies)
     return _Dispatch.apply(x_TD, where.source_N, where.row_N, where.zeros, copies)  # type: ignore[return-value]
@@ -104,7 +106,7 @@ def dispatch(x_TD: Tensor, where: Plan, copies: int) -> Tensor:
 
 def combine(y_ND: Tensor, gates_TA: Tensor, where: Plan) -> Tensor:
     """``out_t = sum_a gates_ta * y_(t,a)`` in the gates' dtype (fp32), in the order of the gates."""
-    if not torch.is_grad_enabled():
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return _weighted(y_ND, gates_TA, where.row_N)
     parts = (where.source_N, where.row_N, where.zeros)
     return _Combine.apply(y_ND, gates_TA, *parts)  # type: ignore[return-value]
