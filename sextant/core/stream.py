@@ -65,7 +65,7 @@ class Stream:
         cu_seqlens = torch.cat([first_B, index_T.new_tensor([starts_T.numel()])]).to(torch.int32)
         positions_T = index_T - first_B[starts_T.cumsum(0) - 1]
         lengths = cu_seqlens.diff()
-        rows = len(lengths) if bool((lengths == lengths[0]).all()) else None
+        rows = len(lengths) if bool((lengths == lengths[:1]).all()) else None
         return cls(positions_T, cu_seqlens, max_len, rows)
 
     @cached_property

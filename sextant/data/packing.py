@@ -70,12 +70,12 @@ class BestFit:
     arXiv 2404.10830.
 
     Attributes:
-        full_R2: int64, document and first token of each row that lies inside one document.
+        full_N2: int64, document and first token of each row that lies inside one document.
         bins: pieces of every other row.
         lengths_N: int64, document lengths in tokens.
     """
 
-    full_R2: np.ndarray
+    full_N2: np.ndarray
     bins: list[list[Piece]]
     lengths_N: np.ndarray
     seq_len: int
@@ -95,12 +95,12 @@ class BestFit:
 
     @property
     def rows(self) -> int:
-        return len(self.full_R2) + len(self.bins)
+        return len(self.full_N2) + len(self.bins)
 
     def pieces(self, row: int) -> list[Piece]:
-        if row >= len(self.full_R2):
-            return self.bins[row - len(self.full_R2)]
-        document, first = (int(value) for value in self.full_R2[row])
+        if row >= len(self.full_N2):
+            return self.bins[row - len(self.full_N2)]
+        document, first = (int(value) for value in self.full_N2[row])
         return [(document, first, min(first + self.seq_len + 1, int(self.lengths_N[document])))]
 
 

@@ -153,8 +153,8 @@ def _mask(keys: Keys, position_BT: Tensor, span: Span, copies: int, dtype: torch
 def _over_buffers(q_THK: Tensor, keys: Keys, position_T: Tensor, rows: int, span: Span, scores: Scores) -> Tensor:
     heads, groups = q_THK.shape[1], keys.k.shape[1]
     if keys.exact and scores.slopes_H is None:  # one token per sequence: nothing to transpose
-        q_BGNK = q_THK.unflatten(1, (groups, -1))
-        return _sdpa(q_BGNK, keys.k, keys.v, scores.scale).flatten(1, 2)
+        q_BGTK = q_THK.unflatten(1, (groups, -1))
+        return _sdpa(q_BGTK, keys.k, keys.v, scores.scale).flatten(1, 2)
     # The queries of the heads of one group follow each other as rows, so that the group's keys are read once.
     q_BGTK = q_THK.unflatten(0, (rows, -1)).transpose(1, 2).unflatten(1, (groups, -1)).flatten(2, 3)
     position_BT = position_T.unflatten(0, (rows, -1))

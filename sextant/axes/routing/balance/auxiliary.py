@@ -44,7 +44,7 @@ class Auxiliary(Spec):
             weight_TE = share_BE.index_select(0, stream.sequence_T)
             return self.coef * experts * (weight_TE * probs_TE).sum() / tokens
         counts_E = counts_E if self.scope == "global_batch" else routing.counts_E()
-        share_E = (counts_E / counts_E.sum()).to(probs_TE.dtype)
+        share_E = (counts_E / counts_E.sum().clamp_min(1)).to(probs_TE.dtype)
         return self.coef * experts * (share_E * probs_TE.sum(0)).sum() / tokens
 
     def _per_sequence(self, routing: Routing, stream: Stream) -> Tensor:
