@@ -10,14 +10,14 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-WIDTH, LINE, CHARACTER = 150, 0.2, 0.078
+WIDTH, LINE, CHARACTER = 150, 0.165, 0.078
 
 
 def main(source: str, target: str) -> None:
     lines = [line[:WIDTH] for line in Path(source).read_text(encoding="utf-8").splitlines()]
-    figure = Figure(figsize=(WIDTH * CHARACTER, LINE * (len(lines) + 2)), facecolor="#16181d")
+    figure = Figure(figsize=(WIDTH * CHARACTER, LINE * len(lines)), facecolor="#16181d")
     figure.text(
-        0.01, 0.985, "\n".join(lines), family="monospace", fontsize=8.5, color="#d8dee9", va="top", linespacing=1.35,
+        0.01, 0.99, "\n".join(lines), family="monospace", fontsize=8.5, color="#d8dee9", va="top", linespacing=1.35,
         parse_math=False,
     )
     figure.savefig(target, dpi=100, facecolor=figure.get_facecolor())
