@@ -158,7 +158,9 @@ def compete(twin: str, dtype: str, job: str, rounds: int) -> dict[str, float]:
     """Median tokens per second of every rival, taking turns."""
     command = [sys.executable, __file__, "--serve"]
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    rivals = {name: subprocess.Popen([*command, name, twin, dtype, job], **pipes) for name in RIVALS}
+    rivals: dict[str, Any] = {
+        name: subprocess.Popen([*command, name, twin, dtype, job], **pipes) for name in RIVALS
+    }
     rates: dict[str, list[float]] = {name: [] for name in RIVALS}
     for process in rivals.values():
         process.stdout.readline()

@@ -12,8 +12,8 @@ from sextant.core.allocator import keep_freed_memory
 if sys.argv[1] == "keep":
     keep_freed_memory()
 sizes = [(3 + i % 5) << 18 for i in range(40)]
-for size in sizes:
-    torch.ones(size)
+for size in 2 * sizes:
+    [torch.ones(size) for _ in range(4)]
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for size in sizes:
     [torch.ones(size) for _ in range(4)]
