@@ -193,14 +193,18 @@ def main() -> None:
                 shown = "  ".join(f"{name} {rate:8.0f}" for name, rate in rates.items())
                 gains = "  ".join(f"{name} {ratio:4.2f}" for name, ratio in ratios.items())
                 print(f"{twin:13} {dtype} {job:10} tok/s: {shown}   {gains}", flush=True)
-    if arguments.out:
-        import transformers
+                if arguments.out:
+                    arguments.out.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
 
-        machine = {
-            "cpus": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__,
-            "transformers": transformers.__version__, "python": platform.python_version(),
-        }
-        arguments.out.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+
+def machine() -> dict[str, Any]:
+    """What the figures belong to."""
+    from importlib.metadata import version
+
+    return {
+        "cpus": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__,
+        "transformers": version("transformers"), "python": platform.python_version(),
+    }
 
 
 if __name__ == "__main__":
