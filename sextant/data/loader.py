@@ -21,9 +21,7 @@ from sextant.data.dataset import Shards
 from sextant.data.order import shuffled
 from sextant.data.packing import PACKINGS, Packing, Piece
 from sextant.data.spec import Data
-
-IGNORE = -100
-"""Target of a token that nothing is to be predicted after."""
+from sextant.kernels.loss import IGNORE
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sextant.data.loader import Batch
-from sextant.kernels.loss import IGNORE, token_losses
+from sextant.data.loader import Batch, bytes_of
+from sextant.kernels.loss import token_losses
 from sextant.model.transformer import Transformer
 
 
@@ -44,8 +44,7 @@ def evaluate(model: Transformer, batches: Iterable[Batch], bytes_P: Tensor, limi
         hidden_TD = model(batch.tokens_T, batch.stream).hidden_TD
         for hidden, targets in zip(hidden_TD.split(1024), batch.targets_T.split(1024), strict=True):
             nats += float(token_losses(hidden, model.head_PD, targets, model.spec.softcap).double().sum())
-        kept = batch.targets_T[batch.targets_T != IGNORE]
-        tokens, size = tokens + kept.numel(), size + int(bytes_P[kept].sum())
+        tokens, size = tokens + batch.predicted, size + bytes_of(batch.targets_T, bytes_P)
         if limit is not None and tokens >= limit:
             break
     model.train(was_training)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import sys
 import time
@@ -17,10 +18,9 @@ from sextant.core import units
 from sextant.core.allocator import keep_freed_memory
 from sextant.core.cost import At
 from sextant.core.errors import NumericsError, Stopped
-from sextant.data.loader import Batch, Loader, heldout
+from sextant.data.loader import Batch, Loader, bytes_of, heldout
 from sextant.data.prepare import opened
 from sextant.data.tokenizer import Tokenizer
-from sextant.kernels.loss import IGNORE
 from sextant.model.transformer import Transformer
 from sextant.train import checkpoint
 from sextant.train.board import Board
@@ -171,11 +171,11 @@ class Trainer:
         seconds = self.clock.stop()
         tokens = sum(batch.tokens_T.numel() for batch in batches)
         predicted = sum(batch.predicted for batch in batches)
-        size = sum(int(self.bytes_P[batch.targets_T[batch.targets_T != IGNORE]].sum()) for batch in batches)
+        size = sum(bytes_of(batch.targets_T, self.bytes_P) for batch in batches)
         self.tokens, self.seconds = self.tokens + tokens, self.seconds + seconds
         rate = tokens / seconds
         report = StepReport(
-            step=self.step, steps=self.run.steps, loss=nats / predicted, bpb=nats / 0.6931471805599453 / max(1, size),
+            step=self.step, steps=self.run.steps, loss=nats / predicted, bpb=nats / math.log(2) / max(1, size),
             balance=extra, gnorm=norm, lr=self.optimiser.lr, rows=sum(len(batch.samples) for batch in batches),
             tokens=self.tokens, seconds=self.seconds, tokens_per_second=rate, mfu=self.clock.mfu(rate),
             memory=memory_in_use(self.device), eta=self.clock.eta(self.run.steps - self.step),

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE = -100
+"""Target of a token that nothing is to be predicted after."""
+
 CHUNK = {"cpu": 256, "cuda": 8192}
 """Rows of logits at a time: what a CPU's cache likes, and enough to fill a GPU."""
 
