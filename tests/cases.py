@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sextant.axes.attention import TABLE as ATTENTION
-from sextant.axes.attention import Full, Pattern
+from sextant.axes.attention import Full, Mixer
 from sextant.axes.capacity import Dense, Experts, FeedForward
 from sextant.axes.kv import GQA, KV, POSITIONS
 from sextant.axes.kv import TABLE as KVS
@@ -28,6 +28,7 @@ from sextant.model.transformer import Transformer
 
 VOCAB, WIDTH = 23, 10
 DENSE = Dense(hidden=9)
+PLAIN = GQA(heads=4, kv_heads=2, head_dim=8)
 MOE = Experts(experts=5, hidden=7, router=SoftmaxTopK(top_k=2), shared=3)
 
 
@@ -58,21 +59,38 @@ def model_spec(*layers: Layer, **fields: object) -> ModelSpec:
     return ModelSpec.parse({**defaults, **fields, "layers": layers})
 
 
-def combinations() -> Iterator[tuple[Pattern, KV]]:
-    """Every attention example with every KV example with every position example that the rules allow."""
-    for attention, kv, position in itertools.product(examples(ATTENTION), examples(KVS), examples(POSITIONS)):
-        try:
-            kv = kv.replace(position=position)
-            check(model_spec(Layer(attention=attention, kv=kv, feed_forward=DENSE)))  # type: ignore[arg-type]
-        except UsageError:
-            continue
-        yield attention, kv  # type: ignore[misc]
+def combinations() -> Iterator[tuple[Spec, KV | None]]:
+    """Attention with KV that the rules allow: every example with the plain GQA, one of every row with every KV example
+    and with every position example. A linear mixer comes alone, because it projects itself.
+    """
+    seen = set()
+    for row in ATTENTION:
+        firsts = itertools.product(row.examples[:1], _kvs())
+        for attention, kv in itertools.chain(itertools.product(row.examples, [PLAIN]), firsts):
+            kv = None if isinstance(attention, Mixer) else kv
+            if (attention, kv) not in seen and allowed(attention, kv):
+                seen.add((attention, kv))
+                yield attention, kv
+
+
+def _kvs() -> Iterator[KV]:
+    yield from examples(KVS)  # type: ignore[misc]
+    yield from (PLAIN.replace(position=position) for position in examples(POSITIONS))
+
+
+def allowed(attention: Spec, kv: KV | None) -> bool:
+    """No rule refuses the pair."""
+    try:
+        check(model_spec(Layer.parse({"attention": attention, "kv": kv, "feed_forward": DENSE})))
+    except UsageError:
+        return False
+    return True
 
 
 @cache
 def built(
-    attention: Pattern = Full(),  # noqa: B008 - frozen
-    kv: KV = GQA(heads=4, kv_heads=2, head_dim=8),  # noqa: B008
+    attention: Spec = Full(),  # noqa: B008 - frozen
+    kv: KV | None = PLAIN,
     feed_forward: FeedForward = DENSE,
     layers: int = 2,
     residual: Spec = PreNorm(),  # noqa: B008
@@ -94,9 +112,9 @@ def run(model: Transformer, tokens_T: Tensor, lengths: list[int], memory: Memory
     return model.logits(model(tokens_T, stream).hidden_TD)
 
 
-def chunked(model: Transformer, tokens_T: Tensor, sizes: Iterable[int]) -> Tensor:
+def chunked(model: Transformer, tokens_T: Tensor, sizes: Iterable[int], memory: Memory | None = None) -> Tensor:
     """Logits of one sequence that is fed piece by piece; the last piece takes what is left."""
-    memory, pieces, at = model.memory(1), [], 0
+    memory, pieces, at = memory or model.memory(1), [], 0
     for size in sizes:
         piece = tokens_T[at : at + size]
         if len(piece):

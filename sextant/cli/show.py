@@ -107,7 +107,7 @@ def _layer_parts(layer: Layer, width: int, at: At) -> dict[str, Cost]:
 
     feed_forward = layer.feed_forward
     found = {
-        "attention": layer.kv.cost(width, at) + layer.attention.cost(*layer.kv.shape, at),
+        "attention": layer.attention_cost(width, at),
         "norms": 2 * layer.residual.cost(width, at),
     }
     total = feed_forward.cost(width, at)

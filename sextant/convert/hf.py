@@ -14,7 +14,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from sextant.axes.attention import AnyPattern, Full, Window
+from sextant.axes.attention import Full, Pattern, Window
 from sextant.axes.capacity import Dense, Experts
 from sextant.axes.capacity.activation import Activation
 from sextant.axes.kv import GQA, AnyScaling, LinearScaling, Llama3Scaling, RoPE, YaRNScaling
@@ -162,7 +162,7 @@ def _ropes_by_type(fields: Fields, context: int) -> dict[str, RoPE]:
 ACTIVATIONS: dict[str, Activation] = {"silu": "swiglu", "gelu": "geglu", "gelu_pytorch_tanh": "geglu_tanh"}
 
 
-def _pattern(window: int | None, context: int) -> AnyPattern:
+def _pattern(window: int | None, context: int) -> Pattern:
     """A window as long as the context hides nothing: that is full attention, and budgeted as such."""
     return Full() if window is None or window >= context else Window(window=window)
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from sextant.axes.attention import Mixer, Pattern
+from sextant.axes.attention.base import Selection
+from sextant.axes.kv import KV
 from sextant.axes.numerics import Numerics
 from sextant.axes.routing import Routing
 from sextant.axes.stability import SandwichNorm
-from sextant.core.state import Keys
+from sextant.core.state import LayerState
 from sextant.core.stream import Stream
 from sextant.model.spec import Layer
 
@@ -15,33 +18,51 @@ from sextant.model.spec import Layer
 class SelfAttention(nn.Module):
     """Project, remember, read, project back. Rows ``[T, D]`` in and out."""
 
-    def __init__(self, spec: Layer, width: int, numerics: Numerics, index: int):
+    def __init__(self, pattern: Pattern, kv: KV, width: int, numerics: Numerics, index: int):
         super().__init__()
         self.index = index
-        self.kv = spec.kv.build(width, numerics)
-        self.pattern = spec.attention.build(width)
+        self.kv = kv.build(width, numerics)
+        self.pattern = pattern.build(width, kv, numerics)
+
+    def forward(self, x_TD: Tensor, stream: Stream) -> tuple[Tensor, Selection | None]:
+        state = state_of(stream, self.index)
+        heads = self.kv.project(x_TD, stream, self.pattern.reads_state)
+        o_THV, selection = self.pattern(heads, x_TD, stream, self.kv.scores, state)
+        return self.kv.output(o_THV, heads), selection
+
+
+class Mixing(nn.Module):
+    """A linear mixer in attention's place: it has projections and a state of its own."""
+
+    def __init__(self, mixer: Mixer, width: int, numerics: Numerics, index: int):
+        super().__init__()
+        self.index = index
+        self.mixer = mixer.build(width, numerics)
 
     def forward(self, x_TD: Tensor, stream: Stream) -> tuple[Tensor, None]:
-        q_THK, k_TGK, v_TGV = self.kv.project(x_TD, stream)
-        if stream.memory is None:
-            keys = Keys(k_TGK, v_TGV)
-        else:
-            keys = stream.memory.layers[self.index].append(k_TGK, v_TGV, stream)
-        o_THV = self.pattern(q_THK, keys, x_TD, stream, self.kv.scores)
-        return self.kv.output(o_THV), None
+        return self.mixer(x_TD, stream, state_of(stream, self.index)), None
+
+
+def state_of(stream: Stream, layer: int) -> LayerState | None:
+    """What a layer remembers; None in training."""
+    return None if stream.memory is None else stream.memory.layers[layer]
 
 
 class Block(nn.Module):
-    """``x_TD -> x_TD``, and the routing of its feed-forward when that is a mixture of experts."""
+    """``x_TD -> x_TD``, with what attention selected and how the feed-forward routed, where they choose at all."""
 
     def __init__(self, spec: Layer, width: int, numerics: Numerics, index: int):
         super().__init__()
         zero_init = spec.residual.attention_gain if isinstance(spec.residual, SandwichNorm) else 1.0
         self.around_attention = spec.residual.build(width, zero_init)
-        self.attention = SelfAttention(spec, width, numerics, index)
+        if isinstance(spec.attention, Pattern):
+            self.attention: nn.Module = SelfAttention(spec.attention, spec.projections, width, numerics, index)
+        else:
+            self.attention = Mixing(spec.attention, width, numerics, index)
         self.around_feed_forward = spec.residual.build(width)
         self.feed_forward = spec.feed_forward.build(width, numerics)
 
-    def forward(self, x_TD: Tensor, stream: Stream) -> tuple[Tensor, Routing | None]:
-        x_TD, _ = self.around_attention(x_TD, lambda h_TD: self.attention(h_TD, stream))
-        return self.around_feed_forward(x_TD, self.feed_forward)
+    def forward(self, x_TD: Tensor, stream: Stream) -> tuple[Tensor, Selection | None, Routing | None]:
+        x_TD, selection = self.around_attention(x_TD, lambda h_TD: self.attention(h_TD, stream))
+        x_TD, routing = self.around_feed_forward(x_TD, self.feed_forward)
+        return x_TD, selection, routing

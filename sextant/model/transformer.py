@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from sextant.axes.attention.base import Selection
 from sextant.axes.kv.position import Rotary
 from sextant.axes.numerics import Numerics
 from sextant.axes.routing import Routing
@@ -27,10 +28,12 @@ class Output:
     Attributes:
         hidden_TD: final rows after the last norm, in the compute dtype; :meth:`Transformer.logits` goes on from there.
         routings: the decisions of each MoE layer, by layer index.
+        selections: what each selecting attention layer chose to read, by layer index.
     """
 
     hidden_TD: Tensor
     routings: dict[int, Routing]
+    selections: dict[int, Selection]
 
 
 class Transformer(nn.Module):
@@ -57,16 +60,20 @@ class Transformer(nn.Module):
         for code, rotary in self.rotaries.items():
             stream.turns[code] = rotary.turns(stream.positions_T, dtype)
         x_TD = self.embedding(tokens_T) * self.spec.embedding_scale
-        routings = {}
+        routings, selections = {}, {}
         for index, block in enumerate(self.blocks):
-            x_TD, routing = self._run(block, x_TD, stream)
+            x_TD, selection, routing = self._run(block, x_TD, stream)
             if routing is not None:
                 routings[index] = routing
+            if selection is not None:
+                selections[index] = selection
         if stream.memory is not None:
             stream.memory.commit(stream)
-        return Output(self.numerics.lower(self.norm(x_TD)), routings)
+        return Output(self.numerics.lower(self.norm(x_TD)), routings, selections)
 
-    def _run(self, block: nn.Module, x_TD: Tensor, stream: Stream) -> tuple[Tensor, Routing | None]:
+    def _run(
+        self, block: nn.Module, x_TD: Tensor, stream: Stream
+    ) -> tuple[Tensor, Selection | None, Routing | None]:
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(block, x_TD, stream, use_reentrant=False)  # type: ignore[return-value]
         return block(x_TD, stream)
@@ -78,10 +85,10 @@ class Transformer(nn.Module):
         cap = self.spec.softcap
         return logits_TP if cap is None else cap * torch.tanh(logits_TP / cap)
 
-    def memory(self, batch: int) -> Memory:
-        """Empty decoding states for ``batch`` sequences."""
+    def memory(self, batch: int, undo: int = 0) -> Memory:
+        """Empty decoding states for ``batch`` sequences, of which the last ``undo`` tokens can be taken back."""
         dtype = self.numerics.compute or self.embedding.weight.dtype
-        return Memory(self.spec.states(), batch, dtype, self.embedding.weight.device)
+        return Memory(self.spec.states(), batch, dtype, self.embedding.weight.device, undo)
 
     def batch_logits(self, tokens_BT: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
         """Logits ``[B, T, P]`` of a padded batch in the ecosystem's layout; rows past a length are left at 0."""

@@ -47,12 +47,13 @@ def test_projection_by_definition(kv, position):
         return y_THK if norm is None else norm.gain * y_THK / (y_THK.square().mean(-1, keepdim=True) + 1e-6).sqrt()
 
     want_q, want_k = module.position(rows(module.q, module.q_norm), rows(module.k, module.k_norm), stream)
-    q, k, v = module.project(x_TD, stream)
+    heads = module.project(x_TD, stream)
+    q, k, v = heads.q_THK, heads.k_TGK, heads.v_TGV
     close(q, want_q, 1e-12)
     close(k, want_k, 1e-12)
     close(v, rows(module.v), 1e-12)
     o_THV = torch.randn(5, kv.heads, kv.head_dim, dtype=torch.float64)
-    close(module.output(o_THV), o_THV.flatten(1) @ module.o.weight.T, 1e-12)
+    close(module.output(o_THV, heads), o_THV.flatten(1) @ module.o.weight.T, 1e-12)
 
 
 def test_query_key_norm_forgets_the_scale_of_the_projections():
@@ -71,7 +72,8 @@ def test_query_key_norm_bounds_the_scores():
     kv = GQA(heads=4, kv_heads=2, head_dim=8, qk_norm=RMSNorm())
     model = built(Full(), kv, layers=1)
     module = model.blocks[0].attention.kv  # type: ignore[union-attr]
-    q, k, _ = module.project(1e3 * torch.randn(20, 10, dtype=torch.float64), Stream.of_lengths([20]))
+    heads = module.project(1e3 * torch.randn(20, 10, dtype=torch.float64), Stream.of_lengths([20]))
+    q, k = heads.q_THK, heads.k_TGK
     scores = torch.einsum("thk,shk->hts", q, k.repeat_interleave(2, 1)) * 8**-0.5
     assert scores.abs().max() <= 8**0.5 + 1e-9
 

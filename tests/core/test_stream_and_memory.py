@@ -6,7 +6,7 @@ from cases import close
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sextant.core.state import Memory, StateSpec
+from sextant.core.state import Memory, RowSpec
 from sextant.core.stream import Stream
 
 
@@ -39,7 +39,7 @@ def test_no_sequences():
 
 
 def test_positions_go_on_from_the_memory():
-    memory = Memory([StateSpec(1, 2, 2)], batch=2, dtype=torch.float32)
+    memory = Memory([RowSpec(1, 2, 2)], batch=2, dtype=torch.float32)
     memory.commit(Stream.of_lengths([3, 1], memory=memory))
     stream = Stream.of_lengths([2, 4], memory=memory)
     assert stream.positions_T.tolist() == [3, 4, 1, 2, 3, 4]
@@ -49,7 +49,7 @@ def test_positions_go_on_from_the_memory():
 
 @pytest.mark.parametrize(
     ("spec", "rows"),
-    [(StateSpec(2, 3, 5), [1, 5, 100]), (StateSpec(2, 3, 5, 4), [1, 4, 4]), (StateSpec(2, 3, 5, 4, 2), [1, 5, 6])],
+    [(RowSpec(2, 3, 5), [1, 5, 100]), (RowSpec(2, 3, 5, 4), [1, 4, 4]), (RowSpec(2, 3, 5, 4, 2), [1, 5, 6])],
 )
 def test_declared_rows_and_bytes(spec, rows):
     assert [spec.rows(tokens) for tokens in (1, 5, 100)] == rows
@@ -64,7 +64,7 @@ def test_declared_rows_and_bytes(spec, rows):
 )
 def test_what_is_visible_is_there_under_its_position(window, sinks, steps):
     """Rows hold their own token number: whatever the order of chunks, every key that a span allows can be read."""
-    spec = StateSpec(1, 1, 1, window, sinks if window else 0)
+    spec = RowSpec(1, 1, 1, window, sinks if window else 0)
     memory = Memory([spec], batch=2, dtype=torch.float64)
     for lengths in steps:
         stream = Stream.of_lengths(list(lengths), memory=memory)
@@ -86,14 +86,14 @@ def test_what_is_visible_is_there_under_its_position(window, sinks, steps):
 
 
 def test_layers_with_one_span_share_their_slots():
-    specs = [StateSpec(1, 2, 2, 4), StateSpec(3, 5, 1, 4), StateSpec(1, 2, 2)]
+    specs = [RowSpec(1, 2, 2, 4), RowSpec(3, 5, 1, 4), RowSpec(1, 2, 2)]
     memory = Memory(specs, batch=1, dtype=torch.float32)
     assert memory.layers[0].slots is memory.layers[1].slots is not memory.layers[2].slots
 
 
 def test_sequences_leave():
     """Going on with some sequences, in another order, gives what they alone would give."""
-    spec = StateSpec(1, 1, 1, window=3)
+    spec = RowSpec(1, 1, 1, window=3)
     memory = Memory([spec], batch=3, dtype=torch.float64)
     for lengths in ([4, 2, 5], [1, 1, 1], [1, 1, 1]):
         stream = Stream.of_lengths(lengths, memory=memory)
@@ -116,7 +116,7 @@ def test_sequences_leave():
 
 def test_free_slots_hold_finite_numbers():
     """A mask adds minus infinity to a score, which would not hide a NaN from memory never written."""
-    memory = Memory([StateSpec(1, 1, 1)], batch=2, dtype=torch.float32)
+    memory = Memory([RowSpec(1, 1, 1)], batch=2, dtype=torch.float32)
     for lengths in ([1, 5], [2, 1]):
         stream = Stream.of_lengths(lengths, memory=memory)
         rows_TGK = torch.ones(sum(lengths), 1, 1)

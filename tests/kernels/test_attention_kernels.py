@@ -8,7 +8,7 @@ import torch
 from cases import close
 from torch import Tensor
 
-from sextant.core.state import Keys, Memory, StateSpec
+from sextant.core.state import Keys, Memory, RowSpec
 from sextant.core.stream import Stream
 from sextant.kernels.attention import Scores, Span, attend, attend_dense, attend_ragged
 
@@ -64,7 +64,7 @@ def test_buffers_equal_the_reference(span, steps, with_slopes):
     """Chunks and single steps over decoding states of two sequences."""
     totals = [sum(step[b] for step in steps) for b in range(2)]
     how, data = scores(with_slopes), [rows(total) for total in totals]
-    memory = Memory([StateSpec(G, K, V, span.window, span.sinks)], 2, torch.float64)
+    memory = Memory([RowSpec(G, K, V, span.window, span.sinks)], 2, torch.float64)
     got: list[list[Tensor]] = [[], []]
     with torch.no_grad():
         for lengths in steps:

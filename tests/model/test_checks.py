@@ -3,7 +3,7 @@
 import pytest
 from cases import model_spec
 
-from sextant.axes.attention import Full, Window
+from sextant.axes.attention import Full, MoBA, Window
 from sextant.axes.capacity import Dense
 from sextant.axes.kv import GQA, ALiBi
 from sextant.axes.stability import SandwichNorm
@@ -20,6 +20,14 @@ BROKEN = {
     "window_within_context": (
         GOOD.replace(attention=Window(window=4097)),
         ["model.layers[1].attention.window", "window 4097 exceeds the context 4096", "Use kind: full"],
+    ),
+    "selection_needs_plain_scores": (
+        GOOD.replace(attention=MoBA(block=4, top_k=2), kv=GOOD.kv.replace(position=ALiBi())),
+        ["model.layers[1].kv.position", "moba cannot rank blocks under ALiBi", "Use rope or nope"],
+    ),
+    "block_within_context": (
+        GOOD.replace(attention=MoBA(block=4097, top_k=2)),
+        ["model.layers[1].attention.block", "block 4097 exceeds the context 4096", "Use a smaller block"],
     ),
     "zero_gain_keeps_a_path": (
         GOOD.replace(residual=SandwichNorm(attention_gain=-0.5)),
@@ -49,6 +57,7 @@ def test_good_neighbours_pass():
         model_spec(
             GOOD.replace(attention=Window(window=4096, sinks=2)),
             GOOD.replace(attention=Window(window=4), kv=GOOD.kv.replace(position=ALiBi())),
+            GOOD.replace(attention=MoBA(block=4096, top_k=2)),
             GOOD.replace(attention=Full(), residual=SandwichNorm(attention_gain=0.0)),
         )
     )

@@ -354,4 +354,5 @@ def test_compiled_blocks_give_the_same_gradients(name):
             balance.start()
             micro_loss(model, tokens_T, tokens_T.roll(-1), stream, balance, 128, 128).total.backward()
         for (parameter, a), b in zip(plain.named_parameters(), compiled.parameters(), strict=True):
-            torch.testing.assert_close(b.grad, a.grad, rtol=1e-4, atol=1e-7, msg=parameter)
+            noise = 3e-6 * a.grad.abs().max().item()  # where large terms cancel, an order of sums shows
+            torch.testing.assert_close(b.grad, a.grad, rtol=1e-4, atol=noise, msg=parameter)

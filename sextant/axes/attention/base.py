@@ -1,33 +1,120 @@
 """Contract of axis 1: which keys does a query read?
 
-A pattern is a declaration that says what it sees (``span``), what it must remember (``state``), what it costs, and
-builds a module ``(q_THK, keys, x_TD, stream, scores) -> o_THV``. Packed sequences never see each other.
+A :class:`Pattern` is a declaration that says what it remembers (``state``), what it costs, and builds a module
+``(heads, x_TD, stream, scores, state) -> o_THV, selection``. ``state`` is None in training; ``selection`` is what the
+pattern chose to read, where it chooses. Packed sequences never see each other. A :class:`Mixer` replaces the whole
+step: it has projections of its own, and its module is ``(x_TD, stream, state) -> y_TD``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
 from torch import Tensor, nn
 
+from sextant.axes.kv.base import KV, Heads
+from sextant.axes.numerics import Numerics
 from sextant.core.cost import At, Cost
 from sextant.core.spec import Spec
-from sextant.core.state import Keys, StateSpec
+from sextant.core.state import Keys, LayerState, RowState, StateSpec
 from sextant.core.stream import Stream
 from sextant.kernels.attention import Scores, Span, attend
 
 
 class Pattern(Spec):
-    """Base of the attention options."""
+    """Base of the options that attend."""
 
-    def build(self, width: int) -> nn.Module:
+    def build(self, width: int, kv: KV, numerics: Numerics) -> Attention:
         raise NotImplementedError
 
-    def state(self, groups: int, k_dim: int, v_dim: int) -> StateSpec:
-        """What a layer remembers, given rows of ``groups`` x (``k_dim`` + ``v_dim``) elements."""
+    def state(self, kv: KV) -> StateSpec:
+        """What a layer remembers."""
         raise NotImplementedError
 
-    def cost(self, heads: int, groups: int, k_dim: int, v_dim: int, at: At) -> Cost:
-        """Scores, sums and state; projections belong to the KV option."""
+    def cost(self, width: int, kv: KV, at: At) -> Cost:
+        """Scores, sums, choosing and state, and own parameters; q, k, v and o are the KV option's."""
         raise NotImplementedError
+
+
+class Mixer(Spec):
+    """Base of the linear mixers: a recurrence in attention's place, with a state that does not grow."""
+
+    def build(self, width: int, numerics: Numerics) -> nn.Module:
+        raise NotImplementedError
+
+    def state(self) -> StateSpec:
+        """What a layer remembers."""
+        raise NotImplementedError
+
+    def cost(self, width: int, at: At) -> Cost:
+        """All of it: projections, recurrence, gates, norms, state."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a selecting layer chose to read.
+
+    Attributes:
+        blocks_THJ: int64 block numbers, counted from the start of each query's own sequence; -1 where fewer were
+            chosen. The second axis is H, G or 1, as the choice is made.
+        block: tokens of a block.
+        loss: what a separate indexer adds to the training loss, or None.
+    """
+
+    blocks_THJ: Tensor
+    block: int
+    loss: Tensor | None = None
+
+
+class Attention(nn.Module):
+    """Base of the modules that patterns build.
+
+    ``reads_state`` says that a decoding step reads all its keys from the state, from the first step on; otherwise the
+    first step may read its own rows, which spares latents from being multiplied out or absorbed.
+    """
+
+    reads_state = True
+
+    def forward(
+        self, heads: Heads, x_TD: Tensor, stream: Stream, scores: Scores, state: LayerState | None
+    ) -> tuple[Tensor, Selection | None]:
+        """``o_THV`` and the selection, if any."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """One sequence of a step: its T queries, and the S keys from its first token on, of which the last T are their own.
+
+    Attributes:
+        index: number of the sequence in the stream.
+        here: its rows of the stream.
+    """
+
+    index: int
+    here: slice
+    q_THK: Tensor
+    k_SGK: Tensor
+    v_SGV: Tensor
+
+    @property
+    def first(self) -> int:
+        """Place of the first query in its sequence, so query t reads keys up to ``first + t``."""
+        return len(self.k_SGK) - len(self.q_THK)
+
+
+def sequences(heads: Heads, stream: Stream, keys: RowState | None) -> Iterator[Sequence]:
+    """The sequences of a step that have tokens, with keys of the step itself or of a state that keeps every row."""
+    ends = [0, *torch.tensor(stream.lengths).cumsum(0).tolist()]
+    for b, (start, stop) in enumerate(pairwise(ends)):
+        here = slice(start, stop)
+        if start < stop:
+            k, v = (heads.k_TGK[here], heads.v_TGV[here]) if keys is None else keys.sequence(b)
+            yield Sequence(b, here, heads.q_THK[here], k, v)
 
 
 class SpanPattern(Pattern):
@@ -37,15 +124,16 @@ class SpanPattern(Pattern):
     def span(self) -> Span:
         raise NotImplementedError
 
-    def build(self, width: int) -> nn.Module:
+    def build(self, width: int, kv: KV, numerics: Numerics) -> SpanAttention:
         return SpanAttention(self.span)
 
-    def state(self, groups: int, k_dim: int, v_dim: int) -> StateSpec:
-        return StateSpec(groups, k_dim, v_dim, self.span.window, self.span.sinks)
+    def state(self, kv: KV) -> StateSpec:
+        return kv.row(self.span.window, self.span.sinks)
 
-    def cost(self, heads: int, groups: int, k_dim: int, v_dim: int, at: At) -> Cost:
+    def cost(self, width: int, kv: KV, at: At) -> Cost:
         """FLOPs ``2 H (K + V)`` per key read, keys averaged over the sequence (causal counting)."""
-        state = self.state(groups, k_dim, v_dim).nbytes(at.tokens, at.itemsize)
+        heads, groups, k_dim, v_dim = kv.shape
+        state = self.state(kv).nbytes(at.tokens, at.itemsize)
         kept = at.itemsize * (heads * (k_dim + v_dim) + groups * (k_dim + v_dim)) + 4 * heads
         return Cost(
             flops=2.0 * heads * (k_dim + v_dim) * self.span.mean_keys(at.tokens),
@@ -55,12 +143,21 @@ class SpanPattern(Pattern):
         )
 
 
-class SpanAttention(nn.Module):
+class SpanAttention(Attention):
     """Softmax attention over a static span."""
+
+    reads_state = False
 
     def __init__(self, span: Span):
         super().__init__()
         self.span = span
 
-    def forward(self, q_THK: Tensor, keys: Keys, x_TD: Tensor, stream: Stream, scores: Scores) -> Tensor:
-        return attend(q_THK, keys, stream, self.span, scores)
+    def forward(
+        self, heads: Heads, x_TD: Tensor, stream: Stream, scores: Scores, state: LayerState | None
+    ) -> tuple[Tensor, None]:
+        keys = Keys(heads.k_TGK, heads.v_TGV)
+        if isinstance(state, RowState):
+            keys = state.append(*heads.rows, stream)
+            if keys.positions is None:
+                keys = Keys(heads.k_TGK, heads.v_TGV)
+        return attend(heads.q_THK, keys, stream, self.span, scores), None

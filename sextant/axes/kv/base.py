@@ -1,16 +1,62 @@
 """Contract of axis 2: what is projected, cached and shared?
 
-A KV option builds a module with ``project(x_TD, stream) -> q_THK, k_TGK, v_TGV`` (position code applied),
-``output(o_THV) -> y_TD`` and ``scores`` (how a score is made), and says how wide a cached row is.
+A KV option builds a :class:`Projections` and says how wide a cached row is.
 """
 
 from __future__ import annotations
 
-from torch import nn
+from dataclasses import dataclass
+
+from torch import Tensor, nn
 
 from sextant.axes.numerics import Numerics
 from sextant.core.cost import At, Cost
 from sextant.core.spec import Spec
+from sextant.core.state import RowSpec
+from sextant.core.stream import Stream
+from sextant.kernels.attention import Scores
+
+
+@dataclass(frozen=True)
+class Heads:
+    """What the tokens of a step bring to attention.
+
+    Attributes:
+        q_THK, k_TGK, v_TGV: in the compute dtype, position code applied.
+        plain_q_THK, plain_k_TGK: the same before the position code; None where no such rows exist (latents).
+        kept: the rows that a decoding state keeps in place of k and v, or None.
+    """
+
+    q_THK: Tensor
+    k_TGK: Tensor
+    v_TGV: Tensor
+    plain_q_THK: Tensor | None = None
+    plain_k_TGK: Tensor | None = None
+    kept: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """What a decoding state keeps of these tokens."""
+        return self.kept or (self.k_TGK, self.v_TGV)
+
+
+class Projections(nn.Module):
+    """Base of the modules that KV options build."""
+
+    @property
+    def scores(self) -> Scores:
+        """How a score is made of a query and a key."""
+        raise NotImplementedError
+
+    def project(self, x_TD: Tensor, stream: Stream, reads_state: bool = False) -> Heads:
+        """Queries, keys and values of the step's tokens; ``reads_state`` says that, where there is a state, all keys
+        will come from it, also in the first step (see :class:`~sextant.axes.attention.base.Attention`).
+        """
+        raise NotImplementedError
+
+    def output(self, o_THV: Tensor, heads: Heads) -> Tensor:
+        """``[T, H, V] -> [T, D]``, of what attention made of ``heads``."""
+        raise NotImplementedError
 
 
 class KV(Spec):
@@ -18,10 +64,15 @@ class KV(Spec):
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """Query heads H, cached heads G, and the widths K and V of one cached row."""
+        """Query heads H, key heads G, and the widths K and V of their rows, as attention in training sees them."""
         raise NotImplementedError
 
-    def build(self, width: int, numerics: Numerics) -> nn.Module:
+    def row(self, window: int | None = None, sinks: int = 0) -> RowSpec:
+        """What a decoding state keeps of each token, for as long as a pattern says."""
+        _, groups, k_dim, v_dim = self.shape
+        return RowSpec(groups, k_dim, v_dim, window, sinks)
+
+    def build(self, width: int, numerics: Numerics) -> Projections:
         raise NotImplementedError
 
     def cost(self, width: int, at: At) -> Cost:

@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import Literal
 
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
-from sextant.axes.kv.base import KV
+from sextant.axes.kv.base import KV, Heads, Projections
 from sextant.axes.kv.position import AnyPosition, RoPE
 from sextant.axes.numerics import Numerics
 from sextant.axes.stability import AnyNorm, Linear, Role
@@ -62,7 +62,7 @@ class GQA(KV):
         return cost
 
 
-class GQAModule(nn.Module):
+class GQAModule(Projections):
     """Projections of one layer."""
 
     def __init__(self, spec: GQA, width: int, numerics: Numerics):
@@ -83,16 +83,16 @@ class GQAModule(nn.Module):
         scale = self.spec.scale or self.spec.head_dim**-0.5
         return Scores(scale, self.position.slopes_H)
 
-    def project(self, x_TD: Tensor, stream: Stream) -> tuple[Tensor, Tensor, Tensor]:
-        """``q_THK``, ``k_TGK``, ``v_TGV`` in the compute dtype, position code applied."""
+    def project(self, x_TD: Tensor, stream: Stream, reads_state: bool = False) -> Heads:
+        """Queries of H heads, keys and values of G heads."""
         x_TD = self.numerics.lower(x_TD)
         per_head = (-1, self.spec.head_dim)
         q, k, v = (projection(x_TD).unflatten(-1, per_head) for projection in (self.q, self.k, self.v))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = self.position(q, k, stream)
-        return q.to(v.dtype), k.to(v.dtype), v
+        turned_q, turned_k = self.position(q, k, stream)
+        return Heads(turned_q.to(v.dtype), turned_k.to(v.dtype), v, q, k)
 
-    def output(self, o_THV: Tensor) -> Tensor:
+    def output(self, o_THV: Tensor, heads: Heads) -> Tensor:
         """``[T, H, V] -> [T, D]``."""
         return self.o(o_THV.flatten(1))

@@ -1,27 +1,29 @@
-"""What a layer remembers while decoding, declared once for the budget, the simple state here, and the serving pools.
-
-A pattern says how long rows are kept, the KV option says how wide a row is; together they are a :class:`StateSpec`.
-Contract, tested for every row of the attention table: prefill = chunked prefill = decode = packed with neighbours.
-"""
+"""Rows per token, all of them or as a ring: keys and values, latents, index keys."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from sextant.core.state.base import LayerState, StateSpec, too_far
 from sextant.core.stream import Stream
+
+if TYPE_CHECKING:
+    from sextant.core.state.memory import Memory
 
 
 @dataclass(frozen=True)
-class StateSpec:
-    """Keys and values kept for one layer.
+class RowSpec(StateSpec):
+    """Rows per token: keys and values, latents, index keys.
 
     ``window`` None keeps every token (paged when served); otherwise the last ``window`` tokens and the first ``sinks``.
-    A row is ``heads`` x (``k_dim`` + ``v_dim``) elements.
+    A row is ``heads`` x (``k_dim`` + ``v_dim``) elements. With ``v_dim`` 0 the values are the first ``shared`` channels
+    of the key (MLA's latents), and nothing more is kept for them.
     """
 
     heads: int
@@ -29,6 +31,7 @@ class StateSpec:
     v_dim: int
     window: int | None = None
     sinks: int = 0
+    shared: int = 0
 
     @property
     def kind(self) -> str:
@@ -40,8 +43,10 @@ class StateSpec:
         return tokens if self.window is None else min(tokens, self.window + self.sinks)
 
     def nbytes(self, tokens: int, itemsize: int) -> int:
-        """Bytes held for one sequence of ``tokens`` tokens."""
         return self.rows(tokens) * self.heads * (self.k_dim + self.v_dim) * itemsize
+
+    def build(self, memory: Memory) -> RowState:
+        return RowState(self, memory.slots_of(self.window, self.sinks), memory.batch, memory.dtype, memory.device)
 
 
 @dataclass(frozen=True)
@@ -112,8 +117,10 @@ class Slots:
     when W spare slots are used up, never by writing modulo: a slot keeps one meaning until it is dropped.
     """
 
-    def __init__(self, window: int | None, sinks: int, batch: int, device: torch.device | str = "cpu"):
-        self.window, self.sinks, self.device = window, sinks, device
+    def __init__(
+        self, window: int | None, sinks: int, batch: int, device: torch.device | str = "cpu", undo: int = 0
+    ):
+        self.window, self.sinks, self.device, self.undo = window, sinks, device, undo
         self.held = [0] * batch  # slots in use
         self.dropped = [0] * batch  # tokens between the sinks and the run that are gone
         self.capacity = 0
@@ -146,9 +153,9 @@ class Slots:
 
     def _drop(self, length: int) -> list[int]:
         """Rows to drop before ``length`` more: all that lie outside the window, once its spare room is used up."""
-        if self.window is None or max(self.held, default=0) + length <= self.sinks + 2 * self.window:
+        if self.window is None or max(self.held, default=0) + length <= self.sinks + 2 * self.window + self.undo:
             return [0] * len(self.held)
-        gone = [max(0, held - self.sinks - self.window) for held in self.held]
+        gone = [max(0, held - self.sinks - self.window - self.undo) for held in self.held]
         self.held = [held - n for held, n in zip(self.held, gone, strict=True)]
         self.dropped = [dropped + n for dropped, n in zip(self.dropped, gone, strict=True)]
         return gone
@@ -156,7 +163,14 @@ class Slots:
     def _roomy(self, need: int) -> int:
         if self.window is None:
             return need + max(256, need // 2)
-        return max(need, self.sinks + 2 * self.window)
+        return max(need, self.sinks + 2 * self.window + self.undo)
+
+    def rollback(self, counts: Sequence[int]) -> None:
+        """Forget the last ``counts[b]`` tokens of each sequence; rows that the window then needs must still be here."""
+        self.held = [held - count for held, count in zip(self.held, counts, strict=True)]
+        for held, dropped in zip(self.held, self.dropped, strict=True):
+            if dropped and held < self.sinks + (self.window or 0):
+                raise too_far(max(counts), self.undo)
 
     def _positions(self, start: int, stop: int) -> Tensor:
         slot_S = torch.arange(start, stop, device=self.device)
@@ -172,18 +186,14 @@ class Slots:
         self.held, self.dropped = [self.held[b] for b in rows], [self.dropped[b] for b in rows]
 
 
-class LayerState:
+class RowState(LayerState):
     """Growing buffers ``[B, G, C, K]`` and ``[B, G, C, V]`` that drop what a window no longer needs.
 
     Free slots hold finite numbers: a mask adds minus infinity to their scores, which would not hide a NaN.
     """
 
-    def __init__(
-        self, spec: StateSpec, batch: int, dtype: torch.dtype, device: torch.device | str = "cpu",
-        slots: Slots | None = None,
-    ):
-        self.spec = spec
-        self.slots = slots or Slots(spec.window, spec.sinks, batch, device)
+    def __init__(self, spec: RowSpec, slots: Slots, batch: int, dtype: torch.dtype, device: torch.device | str):
+        self.spec, self.slots = spec, slots
         self.k = torch.empty(batch, spec.heads, 0, spec.k_dim, dtype=dtype, device=device)
         self.v = torch.empty(batch, spec.heads, 0, spec.v_dim, dtype=dtype, device=device)
         self.steps = 0
@@ -208,14 +218,25 @@ class LayerState:
         elif fill.capacity > self.k.shape[2]:
             self.k, self.v = (_grown(buffer, fill.capacity) for buffer in (self.k, self.v))
         _write(self.k, k_TGK, fill)
-        _write(self.v, v_TGV, fill)
+        _write(self.v, v_TGV[..., : self.spec.v_dim], fill)
         if fill.first:
             return Keys(k_TGK, v_TGV)
-        return Keys(self.k[:, :, fill.view], self.v[:, :, fill.view], fill.positions, fill.exact, fill.notes)
+        k_BGSK = self.k[:, :, fill.view]
+        v_BGSV = self.v[:, :, fill.view] if self.spec.v_dim else k_BGSK[..., : self.spec.shared]
+        return Keys(k_BGSK, v_BGSV, fill.positions, fill.exact, fill.notes)
+
+    def sequence(self, b: int) -> tuple[Tensor, Tensor]:
+        """``k_SGK`` and ``v_SGV`` of the tokens held of sequence ``b``, in order; of a ring, sinks first."""
+        k_SGK = self.k[b, :, : self.held[b]].transpose(0, 1)
+        v_SGV = self.v[b, :, : self.held[b]].transpose(0, 1) if self.spec.v_dim else k_SGK[..., : self.spec.shared]
+        return k_SGK, v_SGV
 
     def keep(self, rows_B: Tensor) -> None:
-        """Go on with these sequences only; the slots are told apart."""
+        """The slots are told apart, by the memory."""
         self.k, self.v = self.k[rows_B], self.v[rows_B]
+
+    def rollback(self, counts: Sequence[int], lengths: Sequence[int]) -> None:
+        """Nothing to do: which rows are in use is the slots' affair."""
 
 
 def _write(buffer_BGCK: Tensor, rows_TGK: Tensor, fill: Fill) -> None:
@@ -249,30 +270,3 @@ def _grown(buffer: Tensor, capacity: int) -> Tensor:
     grown = buffer.new_zeros(*buffer.shape[:2], capacity, buffer.shape[3])
     grown[:, :, : buffer.shape[2]] = buffer
     return grown
-
-
-class Memory:
-    """The states of all layers for B sequences, and how many tokens each sequence has so far."""
-
-    def __init__(self, specs: Sequence[StateSpec], batch: int, dtype: torch.dtype, device: torch.device | str = "cpu"):
-        spans = {(spec.window, spec.sinks) for spec in specs}
-        self.slots = {span: Slots(*span, batch, device) for span in spans}
-        self.layers = [LayerState(spec, batch, dtype, device, self.slots[spec.window, spec.sinks]) for spec in specs]
-        self.lengths = [0] * batch
-
-    def commit(self, stream: Stream) -> None:
-        """Count the tokens of a finished step."""
-        self.lengths = [length + new for length, new in zip(self.lengths, stream.lengths, strict=True)]
-
-    def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these sequences only, in this order: finished ones leave the batch."""
-        self.lengths = [self.lengths[b] for b in rows]
-        for slots in self.slots.values():
-            slots.keep(rows)
-        for layer in self.layers:
-            layer.keep(torch.tensor(rows, device=layer.k.device))
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all rows in use."""
-        return sum(layer.nbytes for layer in self.layers)

@@ -1,0 +1,50 @@
+"""Which blocks does a query like best? Scores in fp32, candidates only from the finished past, ties to the lower block.
+
+Spec sparse-attention 1.4; every method with block scores chooses here.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def block_means(k_SGK: Tensor, block: int, start: int, stop: int) -> Tensor:
+    """Mean keys of the complete blocks ``start`` to ``stop - 1``, ``[M, G, K]`` in fp32 (fp64 for fp64)."""
+    dtype = torch.promote_types(k_SGK.dtype, torch.float32)
+    return k_SGK[start * block : stop * block].unflatten(0, (stop - start, block)).mean(1, dtype=dtype)
+
+
+def top_blocks(
+    q_THK: Tensor, means_MGK: Tensor, first: int, block: int, top_k: int, together: bool = False
+) -> Tensor:
+    """The current block of each query and the ``top_k - 1`` complete past blocks with the largest ``q . mean``.
+
+    Args:
+        first: place of the first query in its sequence.
+        together: the heads of a KV group choose as one, by the sum of their scores.
+
+    Returns:
+        int64 ``[T, H or G, top_k]``: the current block, then the others from the best on, -1 where the past is short.
+    """
+    groups = means_MGK.shape[1]
+    q_TGNK = q_THK.to(means_MGK.dtype).unflatten(1, (groups, -1))
+    scores_TGNM = torch.einsum("tgnk,mgk->tgnm", q_TGNK, means_MGK)
+    scores_THM = scores_TGNM.sum(2) if together else scores_TGNM.flatten(1, 2)
+    return choose(scores_THM, first, block, top_k)
+
+
+def choose(scores_THM: Tensor, first: int, block: int, top_k: int) -> Tensor:
+    """The current block and the ``top_k - 1`` best scored complete past blocks, ``[T, H, top_k]``; -1 for none."""
+    tokens, heads, count = scores_THM.shape
+    current_T = torch.arange(first, first + tokens, device=scores_THM.device) // block
+    past_TM = torch.arange(count, device=scores_THM.device) < current_T[:, None]
+    scores_THM = scores_THM.masked_fill(~past_TM[:, None], -math.inf)
+    taken = min(top_k - 1, count)
+    best_THJ, blocks_THJ = scores_THM.sort(dim=-1, descending=True, stable=True)
+    blocks_THJ = blocks_THJ[..., :taken].masked_fill(best_THJ[..., :taken] == -math.inf, -1)
+    current_TH1 = current_T[:, None, None].expand(-1, heads, 1)
+    short_THJ = blocks_THJ.new_full((tokens, heads, top_k - 1 - taken), -1)
+    return torch.cat([current_TH1, blocks_THJ, short_THJ], dim=-1)
