@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import wraps
 
-from sextant.axes.attention import MoBA, Window
+from sextant.axes.attention import Pattern, Window
 from sextant.axes.kv import ALiBi
 from sextant.axes.stability import SandwichNorm
 from sextant.core.errors import UsageError
@@ -39,7 +39,7 @@ def _each_layer(rule: Callable[[Layer, ModelSpec], Iterator[Problem]]) -> Callab
 @_each_layer
 def sinks_need_order(layer: Layer, model: ModelSpec) -> Iterator[Problem]:
     """ALiBi's penalty grows with the distance, so a sink goes dark and the declared span is not the real one."""
-    if _fades(layer) and isinstance(layer.attention, Window) and layer.attention.sinks:
+    if isinstance(getattr(layer.kv, "position", None), ALiBi) and isinstance(layer.attention, Window) and layer.attention.sinks:
         yield "attention.sinks", "ALiBi fades attention sinks with distance", "Use rope or nope, or set sinks to 0"
 
 
@@ -59,29 +59,15 @@ def zero_gain_keeps_a_path(layer: Layer, model: ModelSpec) -> Iterator[Problem]:
 
 
 @_each_layer
-def selection_needs_plain_scores(layer: Layer, model: ModelSpec) -> Iterator[Problem]:
-    """A block's mean key carries no distance, so blocks would be ranked by other scores than the ones attended with."""
-    if _fades(layer) and isinstance(layer.attention, MoBA):
-        yield "kv.position", f"{layer.attention.kind} cannot rank blocks under ALiBi's slopes", "Use rope or nope"
-
-
-@_each_layer
-def block_within_context(layer: Layer, model: ModelSpec) -> Iterator[Problem]:
-    """With one block per sequence nothing is ever chosen: local attention in disguise."""
-    block = getattr(layer.attention, "block", None)
-    if block is not None and block > model.context:
-        what = f"block {block} exceeds the context {model.context}"
-        yield "attention.block", what, "Use a smaller block or a longer context"
-
-
-def _fades(layer: Layer) -> bool:
-    return layer.kv is not None and isinstance(getattr(layer.kv, "position", None), ALiBi)
+def pattern_meets_kv(layer: Layer, model: ModelSpec) -> Iterator[Problem]:
+    """What a pattern says it cannot do with this KV option or in this context; the reasons stand in its own file."""
+    if isinstance(layer.attention, Pattern):
+        yield from layer.attention.clashes(layer.projections, model.context)
 
 
 RULES: tuple[Callable[[ModelSpec], Iterator[Problem]], ...] = (
     sinks_need_order,
     window_within_context,
     zero_gain_keeps_a_path,
-    selection_needs_plain_scores,
-    block_within_context,
+    pattern_meets_kv,
 )

@@ -21,11 +21,7 @@ BROKEN = {
         GOOD.replace(attention=Window(window=4097)),
         ["model.layers[1].attention.window", "window 4097 exceeds the context 4096", "Use kind: full"],
     ),
-    "selection_needs_plain_scores": (
-        GOOD.replace(attention=MoBA(block=4, top_k=2), kv=GOOD.kv.replace(position=ALiBi())),
-        ["model.layers[1].kv.position", "moba cannot rank blocks under ALiBi", "Use rope or nope"],
-    ),
-    "block_within_context": (
+    "pattern_meets_kv": (
         GOOD.replace(attention=MoBA(block=4097, top_k=2)),
         ["model.layers[1].attention.block", "block 4097 exceeds the context 4096", "Use a smaller block"],
     ),
@@ -49,6 +45,23 @@ def test_broken_rule_is_refused_by_name(rule):
     line = str(caught.value)
     assert [word for word in words if word not in line] == [], line
     assert list(rule(spec)) and not any(list(other(spec)) for other in RULES if other is not rule)
+
+
+CLASHES = {
+    "a block mean has no distance": (
+        GOOD.replace(attention=MoBA(block=4, top_k=2), kv=GOOD.kv.replace(position=ALiBi())),
+        ["model.layers[1].kv.position", "moba cannot rank blocks by ALiBi", "Use rope or nope"],
+    ),
+}
+"""More pairs that a pattern refuses, each in its own words."""
+
+
+@pytest.mark.parametrize("case", CLASHES)
+def test_clash_of_pattern_and_kv_is_refused(case):
+    layer, words = CLASHES[case]
+    with pytest.raises(UsageError) as caught:
+        check(model_spec(GOOD, layer))
+    assert [word for word in words if word not in str(caught.value)] == []
 
 
 def test_good_neighbours_pass():

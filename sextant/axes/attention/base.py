@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from sextant.axes.kv.base import KV, Heads
+from sextant.axes.kv.position import ALiBi
 from sextant.axes.numerics import Numerics
 from sextant.core.cost import At, Cost
 from sextant.core.spec import Spec
@@ -34,9 +36,31 @@ class Pattern(Spec):
         """What a layer remembers."""
         raise NotImplementedError
 
+    def clashes(self, kv: KV, context: int) -> Iterator[tuple[str, str, str]]:
+        """Why this pattern cannot work with this KV option or context: field, reason and remedy of each problem."""
+        yield from ()
+
     def cost(self, width: int, kv: KV, at: At) -> Cost:
         """Scores, sums, choosing and state, and own parameters; q, k, v and o are the KV option's."""
         raise NotImplementedError
+
+
+class SelectingPattern(Pattern):
+    """Base of the patterns that choose blocks of keys by a score.
+
+    Attributes:
+        block: tokens of a block; the grid starts with each sequence.
+    """
+
+    block: int = Field(ge=1)
+
+    def clashes(self, kv: KV, context: int) -> Iterator[tuple[str, str, str]]:
+        if self.block > context:
+            what = f"block {self.block} exceeds the context {context}, so nothing would ever be chosen"
+            yield "attention.block", what, "Use a smaller block or a longer context"
+        if isinstance(getattr(kv, "position", None), ALiBi):
+            what = f"{getattr(self, 'kind', '')} cannot rank blocks by ALiBi's slopes: a summary has no distance"
+            yield "kv.position", what, "Use rope or nope"
 
 
 class Mixer(Spec):

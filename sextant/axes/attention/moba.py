@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from sextant.axes.attention.base import Attention, Pattern, Selection, Sequence, sequences
+from sextant.axes.attention.base import Attention, SelectingPattern, Selection, Sequence, sequences
 from sextant.axes.kv.base import KV, Heads
 from sextant.axes.numerics import Numerics
 from sextant.core.cost import At, Cost
@@ -24,16 +24,14 @@ from sextant.kernels.attention.selected import attend_selected
 from sextant.kernels.attention.topk import block_means, top_blocks
 
 
-class MoBA(Pattern):
+class MoBA(SelectingPattern):
     """The current block, and the ``top_k - 1`` past blocks with the likeliest mean key.
 
     Attributes:
-        block: tokens of a block; the grid starts with each sequence.
         per: who chooses: every query head, or every KV group by the sum over its heads.
     """
 
     kind: Literal["moba"] = "moba"
-    block: int = Field(ge=1)
     top_k: int = Field(ge=1)
     per: Literal["head", "group"] = "head"
 
