@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -178,23 +179,24 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--only", default="", help='one row, such as "llama-3-8b bf16 decode 1", or the start of some')
     parser.add_argument("--serve", nargs=4)
     arguments = parser.parse_args()
     if arguments.serve:
         serve(rival(*arguments.serve))
         return
     rows = []
-    for twin in TWINS:
-        for dtype in ("fp32", "bf16"):
-            for job in JOBS:
-                rates = compete(twin, dtype, job, arguments.rounds)
-                ratios = {f"ratio {name}": rates["ours"] / rates[name] for name in RIVALS[1:]}
-                rows.append({"twin": twin, "dtype": dtype, "job": job, **rates, **ratios})
-                shown = "  ".join(f"{name} {rate:8.0f}" for name, rate in rates.items())
-                gains = "  ".join(f"{name} {ratio:4.2f}" for name, ratio in ratios.items())
-                print(f"{twin:13} {dtype} {job:10} tok/s: {shown}   {gains}", flush=True)
-                if arguments.out:
-                    arguments.out.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+    for twin, dtype, job in product(TWINS, ("fp32", "bf16"), JOBS):
+        if not f"{twin} {dtype} {job}".startswith(arguments.only):
+            continue
+        rates = compete(twin, dtype, job, arguments.rounds)
+        ratios = {f"ratio {name}": rates["ours"] / rates[name] for name in RIVALS[1:]}
+        rows.append({"twin": twin, "dtype": dtype, "job": job, **rates, **ratios})
+        shown = "  ".join(f"{name} {rate:8.0f}" for name, rate in rates.items())
+        gains = "  ".join(f"{name} {ratio:4.2f}" for name, ratio in ratios.items())
+        print(f"{twin:13} {dtype} {job:10} tok/s: {shown}   {gains}", flush=True)
+        if arguments.out:
+            arguments.out.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
 
 
 def machine() -> dict[str, Any]:
