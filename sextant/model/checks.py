@@ -39,7 +39,8 @@ def _each_layer(rule: Callable[[Layer, ModelSpec], Iterator[Problem]]) -> Callab
 @_each_layer
 def sinks_need_order(layer: Layer, model: ModelSpec) -> Iterator[Problem]:
     """ALiBi's penalty grows with the distance, so a sink goes dark and the declared span is not the real one."""
-    if isinstance(getattr(layer.kv, "position", None), ALiBi) and isinstance(layer.attention, Window) and layer.attention.sinks:
+    fades = isinstance(getattr(layer.kv, "position", None), ALiBi)
+    if fades and isinstance(layer.attention, Window) and layer.attention.sinks:
         yield "attention.sinks", "ALiBi fades attention sinks with distance", "Use rope or nope, or set sinks to 0"
 
 
