@@ -5,7 +5,12 @@ import torch
 from cases import close
 from torch import Tensor
 
-from sextant.kernels.grouped import grouped_linear, grouped_linear_reference
+from sextant.kernels.grouped import (
+    grouped_linear,
+    grouped_linear_reference,
+    grouped_swiglu,
+    grouped_swiglu_reference,
+)
 from sextant.kernels.permute import combine, dispatch, plan
 
 COUNTS = {
@@ -46,6 +51,54 @@ def test_grouped_linear_takes_a_transposed_gradient():
     want = torch.autograd.grad((grouped_linear_reference(x, w, counts_E).t() * weight).sum(), (x, w))
     close(got[0], want[0], 1e-13)
     close(got[1], want[1], 1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
+def test_swiglu_as_a_whole_equals_its_parts(counts, dtype):
+    """Values and all three gradients; in bf16 too, because every step rounds as the parts do."""
+    x = torch.randn(sum(counts), 6).to(dtype).requires_grad_()
+    up, down = torch.randn(len(counts), 6, 10, requires_grad=True), torch.randn(len(counts), 5, 6, requires_grad=True)
+    weight, counts_E = torch.randn(sum(counts), 6).to(dtype), torch.tensor(counts)
+    got, want = grouped_swiglu(x, up, down, counts_E), grouped_swiglu_reference(x, up, down, counts_E)
+    bound = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    close(got, want, bound)
+    got_grads = torch.autograd.grad(got, (x, up, down), weight)
+    for g, w in zip(got_grads, torch.autograd.grad(want, (x, up, down), weight), strict=True):
+        close(g, w, bound)
+    assert all((grad[e] == 0).all() for grad in got_grads[1:] for e, count in enumerate(counts) if not count)
+
+
+def test_swiglu_gradient_equals_finite_differences():
+    x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    up = torch.randn(3, 3, 4, dtype=torch.float64, requires_grad=True)
+    down = torch.randn(3, 2, 3, dtype=torch.float64, requires_grad=True)
+    counts_E = torch.tensor([2, 0, 3])
+    assert torch.autograd.gradcheck(lambda x, up, down: grouped_swiglu(x, up, down, counts_E), (x, up, down))
+
+
+def test_swiglu_takes_a_transposed_gradient():
+    x, counts_E = torch.randn(5, 3, dtype=torch.float64, requires_grad=True), torch.tensor([2, 3])
+    up, down = torch.randn(2, 3, 8, dtype=torch.float64), torch.randn(2, 4, 3, dtype=torch.float64)
+    weight = torch.randn(3, 5, dtype=torch.float64).t()
+    (got,) = torch.autograd.grad(grouped_swiglu(x, up, down, counts_E), x, weight)
+    (want,) = torch.autograd.grad(grouped_swiglu_reference(x, up, down, counts_E), x, weight)
+    close(got, want, 1e-13)
+
+
+@pytest.mark.parametrize("tile", [1, 4])
+@pytest.mark.parametrize(("tokens", "chosen", "experts"), [(11, 2, 5), (1, 3, 3), (0, 2, 3)])
+def test_gradients_of_the_way_out_and_back_equal_plain_operations(tokens, chosen, experts, tile):
+    experts_TA = choices(tokens, chosen, experts)
+    where = plan(experts_TA, experts, tile)
+    x, gates = torch.randn(tokens, 3, requires_grad=True), torch.rand(tokens, chosen, requires_grad=True)
+    scale_N1, weight = torch.rand(len(where.source_N), 1), torch.randn(tokens, 3)
+    got = combine(dispatch(x, where, chosen) * scale_N1, gates, where)
+    want = (x[:, None] * scale_N1[where.row_N].unflatten(0, (tokens, chosen)) * gates[..., None]).sum(1)
+    close(got, want, 1e-6)
+    got_grads = torch.autograd.grad(got, (x, gates), weight)
+    for g, w in zip(got_grads, torch.autograd.grad(want, (x, gates), weight), strict=True):
+        close(g, w, 1e-5)
 
 
 def choices(tokens: int, chosen: int, experts: int) -> Tensor:

@@ -31,6 +31,17 @@ def test_sum_and_gradients_equal_the_plain_loss(tokens, chunk, softcap):
         close(g, w, 1e-12)
 
 
+@pytest.mark.parametrize("tokens", [1, 13])
+def test_fp32_equals_fp64(tokens):
+    """The one buffer of this dtype holds logits, probabilities and gradient in turn."""
+    x, head, targets = problem(tokens, torch.float32)
+    got, exact = summed_loss(x, head, targets, chunk=5), token_losses(x.double(), head.double(), targets).sum()
+    close(got.double(), exact, 1e-6)
+    got_grads = torch.autograd.grad(got, (x, head))
+    for g, w in zip(got_grads, torch.autograd.grad(exact, (x, head)), strict=True):
+        close(g, w, 1e-5)
+
+
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_gradient_equals_finite_differences(softcap):
     x, head, targets = problem(4)

@@ -19,7 +19,7 @@ from sextant.axes.numerics import Numerics
 from sextant.axes.routing import AnyBalance, AnyOverflow, AnyRouter, Dropless, Routing, SoftmaxTopK
 from sextant.axes.stability import Role
 from sextant.core.cost import At, Cost
-from sextant.kernels.grouped import grouped_linear, row_linear, row_tile
+from sextant.kernels.grouped import grouped_linear, grouped_swiglu, row_linear, row_tile
 from sextant.kernels.permute import combine, dispatch, plan
 
 
@@ -122,6 +122,8 @@ class ExpertStack(nn.Module):
         self.down_EFD = nn.Parameter(torch.empty(spec.experts, spec.hidden, width))
 
     def forward(self, x_ND: Tensor, counts_E: Tensor) -> Tensor:
+        if self.activation == "swiglu":
+            return grouped_swiglu(x_ND, self.up_EDF, self.down_EFD, counts_E)
         return grouped_linear(self._activate(grouped_linear(x_ND, self.up_EDF, counts_E)), self.down_EFD, counts_E)
 
     def each(self, x_ND: Tensor, experts: list[int]) -> Tensor:

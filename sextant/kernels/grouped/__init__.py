@@ -47,6 +47,51 @@ def _products(x_ND: Tensor, weight_EDF: Tensor, counts: list[int]) -> Tensor:
     return y_NF
 
 
+class _SwiGLU(torch.autograd.Function):
+    """Up, SwiGLU and down expert by expert: what lies between the products is still in the cache, and is not kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, up_EDF: Tensor, down_EFD: Tensor, counts: list[int]) -> Tensor:
+        h_NF, y_ND = x_ND.new_empty(x_ND.shape[0], up_EDF.shape[2]), torch.empty_like(x_ND)
+        hidden = x_ND.new_empty(max(counts), down_EFD.shape[1])
+        rows = (part.split(counts) for part in (x_ND, h_NF, y_ND))
+        for x, h, y, up, down in zip(*rows, up_EDF, down_EFD, strict=True):
+            gate, value = torch.mm(x, up, out=h).chunk(2, dim=1)
+            torch.mm(_silu(gate, hidden[: len(x)]).mul_(value), down, out=y)
+        ctx.counts = counts
+        ctx.save_for_backward(x_ND, h_NF, up_EDF, down_EFD)
+        return y_ND
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        x_ND, h_NF, up_EDF, down_EFD = ctx.saved_tensors
+        dx_ND, dup_EDF, ddown_EFD = (torch.empty_like(part) for part in (x_ND, up_EDF, down_EFD))
+        longest = max(ctx.counts)
+        buffers = [x_ND.new_empty(longest, down_EFD.shape[1]) for _ in range(3)]
+        dhidden = x_ND.new_empty(longest, up_EDF.shape[2])
+        rows = (part.split(ctx.counts) for part in (x_ND, h_NF, grads[0].contiguous(), dx_ND))
+        for x, h, dy, dx, up, down, dup, ddown in zip(*rows, up_EDF, down_EFD, dup_EDF, ddown_EFD, strict=True):
+            dh = dhidden[: len(x)]
+            a = _swiglu_gradient(h, torch.mm(dy, down.t(), out=buffers[0][: len(x)]), dh, buffers[1:])
+            torch.mm(a.t(), dy, out=ddown)
+            torch.mm(x.t(), dh, out=dup)
+            torch.mm(dh, up.t(), out=dx)
+        return dx_ND, dup_EDF, ddown_EFD, None
+
+
+def _silu(gate: Tensor, out: Tensor) -> Tensor:
+    return torch.ops.aten.silu.out(gate, out=out)
+
+
+def _swiglu_gradient(h_NF: Tensor, da: Tensor, dh_NF: Tensor, buffers: list[Tensor]) -> Tensor:
+    """Writes the gradient by gate and value into ``dh_NF``, uses up ``da``, and gives the activations once more."""
+    (gate, value), (dgate, dvalue) = h_NF.chunk(2, dim=1), dh_NF.chunk(2, dim=1)
+    silu = _silu(gate, buffers[0][: len(da)])
+    torch.mul(da, silu, out=dvalue)
+    torch.ops.aten.silu_backward.grad_input(da.mul_(value), gate, grad_input=dgate)
+    return torch.mul(silu, value, out=buffers[1][: len(da)])
+
+
 def row_tile(x: Tensor, rows: int) -> int:
     """What each expert's share of ``rows`` rows should be a multiple of.
 
@@ -81,3 +126,24 @@ def grouped_linear(x_ND: Tensor, weight_EDF: Tensor, counts_E: Tensor) -> Tensor
     if torch.is_grad_enabled():
         return _Loop.apply(x_ND, weight_EDF, counts)  # type: ignore[return-value]
     return _products(x_ND, weight_EDF, counts)
+
+
+def grouped_swiglu_reference(x_ND: Tensor, up_EDF: Tensor, down_EFD: Tensor, counts_E: Tensor) -> Tensor:
+    """Two grouped products around ``silu(gate) * value``: the truth for :func:`grouped_swiglu`."""
+    gate_NF, value_NF = grouped_linear(x_ND, up_EDF, counts_E).chunk(2, dim=-1)
+    return grouped_linear(F.silu(gate_NF) * value_NF, down_EFD, counts_E)
+
+
+def grouped_swiglu(x_ND: Tensor, up_EDF: Tensor, down_EFD: Tensor, counts_E: Tensor) -> Tensor:
+    """Experts with SwiGLU as a whole: ``y_ND`` from rows sorted by expert (2002.05202).
+
+    Args:
+        x_ND: rows sorted by expert.
+        up_EDF: gate and value side by side, twice the width F of ``down_EFD``.
+        down_EFD: the way back.
+        counts_E: int64, rows of each expert; they sum to N.
+    """
+    if x_ND.is_cuda or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return grouped_swiglu_reference(x_ND, up_EDF, down_EFD, counts_E)
+    weights = (up_EDF.to(x_ND.dtype), down_EFD.to(x_ND.dtype))
+    return _SwiGLU.apply(x_ND, *weights, counts_E.tolist())  # type: ignore[return-value]

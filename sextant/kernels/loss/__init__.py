@@ -11,7 +11,7 @@ from torch import Tensor
 IGNORE = -100
 """Target of a token that nothing is to be predicted after."""
 
-CHUNK = {"cpu": 256, "cuda": 8192}
+CHUNK = {"cpu": 512, "cuda": 8192}
 """Rows of logits at a time: what a CPU's cache likes, and enough to fill a GPU."""
 
 
@@ -29,7 +29,8 @@ def token_losses(x_TD: Tensor, head_PD: Tensor, targets_T: Tensor, softcap: floa
 class _SummedLoss(torch.autograd.Function):
     """The gradient of a sum of cross-entropies is known once the logits are, so forward computes both.
 
-    Two buffers of one chunk serve all chunks: fresh memory of that size costs more than what is computed in it.
+    One buffer of a chunk serves all chunks, a second one where the loss is wider than the product: fresh memory of that
+    size costs more than what is computed in it.
     """
 
     @staticmethod
@@ -41,8 +42,9 @@ class _SummedLoss(torch.autograd.Function):
         loss = x_TD.new_zeros((), dtype=dtype)
         dx_TD = torch.empty_like(x_TD)
         dhead_PD = torch.zeros_like(head_PD)
-        size = (min(chunk, x_TD.shape[0]), head_PD.shape[0])
-        product, probs = x_TD.new_empty(size), x_TD.new_empty(size, dtype=dtype)
+        product = x_TD.new_empty(min(chunk, x_TD.shape[0]), head_PD.shape[0])
+        in_place = dtype == x_TD.dtype and x_TD.device.type == "cpu"  # nobody promises it of other devices' softmax
+        probs = product if in_place else torch.empty_like(product, dtype=dtype)
         for x, target, dx in zip(x_TD.split(chunk), targets_T.split(chunk), dx_TD.split(chunk), strict=True):
             logits = torch.mm(x, weight_PD.t(), out=product[: len(x)]).to(dtype)
             nats, grad = _losses_and_gradient(logits, target, softcap, probs[: len(x)])
@@ -65,15 +67,16 @@ class _SummedLoss(torch.autograd.Function):
 def _losses_and_gradient(
     logits_TP: Tensor, target_T: Tensor, softcap: float | None, probs_TP: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Summed loss of a chunk and its gradient by the logits, which is written into ``probs_TP``."""
+    """Summed loss of a chunk and its gradient by the logits, written into ``probs_TP``, which may be their memory."""
     squashed_TP = None if softcap is None else torch.tanh(logits_TP / softcap)
     if squashed_TP is not None and softcap is not None:
         logits_TP = softcap * squashed_TP
     picked_T1 = target_T.clamp_min(0)[:, None]
     ignored = (target_T == IGNORE).nonzero()[:, 0]
+    peak_T1, wanted_T1 = logits_TP.amax(-1, keepdim=True), logits_TP.gather(1, picked_T1)
     torch.softmax(logits_TP, -1, out=probs_TP)
-    lse_T1 = logits_TP.amax(-1, keepdim=True) - probs_TP.amax(-1, keepdim=True).log()
-    nats = (lse_T1 - logits_TP.gather(1, picked_T1)).index_fill_(0, ignored, 0).sum()
+    lse_T1 = peak_T1 - probs_TP.amax(-1, keepdim=True).log()
+    nats = (lse_T1 - wanted_T1).index_fill_(0, ignored, 0).sum()
     probs_TP.scatter_add_(1, picked_T1, probs_TP.new_full(picked_T1.shape, -1.0)).index_fill_(0, ignored, 0)
     if squashed_TP is not None:
         probs_TP *= 1 - squashed_TP.square()

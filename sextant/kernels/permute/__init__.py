@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -63,8 +64,7 @@ class _Dispatch(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         (row_N,) = ctx.saved_tensors
-        copies_TAD = grads[0].index_select(0, row_N).unflatten(0, (-1, ctx.copies))
-        return copies_TAD.sum(1), None, None, None, None
+        return _summed(grads[0], row_N.view(-1, ctx.copies)), None, None, None, None
 
 
 class _Combine(torch.autograd.Function):
@@ -78,11 +78,10 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         y_ND, gates_TA, source_N, row_N, zeros = ctx.saved_tensors
-        y_TAD = y_ND.index_select(0, row_N).unflatten(0, gates_TA.shape)
-        dgates_TA = torch.linalg.vecdot(y_TAD.to(grads[0].dtype), grads[0][:, None])
         dy_ND = _rows(grads[0], source_N, zeros, gates_TA.shape[1])
-        dy_ND = dy_ND * gates_TA.flatten().index_select(0, source_N)[:, None]
-        return dy_ND.to(y_ND.dtype), dgates_TA, None, None, None
+        dgates_N = torch.linalg.vecdot(y_ND.to(dy_ND.dtype), dy_ND)
+        dy_ND *= gates_TA.flatten().index_select(0, source_N)[:, None]
+        return dy_ND.to(y_ND.dtype), dgates_N.index_select(0, row_N).view_as(gates_TA), None, None, None
 
 
 def _rows(x_TD: Tensor, source_N: Tensor, zeros: Tensor | None, copies: int) -> Tensor:
@@ -91,8 +90,15 @@ def _rows(x_TD: Tensor, source_N: Tensor, zeros: Tensor | None, copies: int) -> 
 
 
 def _weighted(y_ND: Tensor, gates_TA: Tensor, row_N: Tensor) -> Tensor:
+    if y_ND.device.type == "cpu" and not torch.compiler.is_compiling():
+        return _summed(y_ND.to(gates_TA.dtype), row_N.view_as(gates_TA), gates_TA)
     y_TAD = y_ND.index_select(0, row_N).unflatten(0, gates_TA.shape)
     return torch.linalg.vecdot(y_TAD.to(gates_TA.dtype), gates_TA[..., None], dim=1)
+
+
+def _summed(y_ND: Tensor, row_TA: Tensor, gates_TA: Tensor | None = None) -> Tensor:
+    """The rows of each token added up, weighted by its gates: one pass, without a copy of the rows."""
+    return F.embedding_bag(row_TA, y_ND, mode="sum", per_sample_weights=gates_TA)
 
 
 def dispatch(x_TD: Tensor, where: Plan, copies: int) -> Tensor:
