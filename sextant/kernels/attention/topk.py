@@ -18,13 +18,14 @@ def block_means(k_SGK: Tensor, block: int, start: int, stop: int) -> Tensor:
 
 
 def top_blocks(
-    q_THK: Tensor, means_MGK: Tensor, first: int, block: int, top_k: int, together: bool = False
+    q_THK: Tensor, means_MGK: Tensor, first: int, block: int, top_k: int, together: bool = False, previous: int = 0
 ) -> Tensor:
     """The current block of each query and the ``top_k - 1`` complete past blocks with the largest ``q . mean``.
 
     Args:
         first: place of the first query in its sequence.
         together: the heads of a KV group choose as one, by the sum of their scores.
+        previous: this many blocks before the current one are chosen first, whatever their scores.
 
     Returns:
         int64 ``[T, H or G, top_k]``: the current block, then the others from the best on, -1 where the past is short.
@@ -33,15 +34,20 @@ def top_blocks(
     q_TGNK = q_THK.to(means_MGK.dtype).unflatten(1, (groups, -1))
     scores_TGNM = torch.einsum("tgnk,mgk->tgnm", q_TGNK, means_MGK)
     scores_THM = scores_TGNM.sum(2) if together else scores_TGNM.flatten(1, 2)
-    return choose(scores_THM, first, block, top_k)
+    return choose(scores_THM, first, block, top_k, previous)
 
 
-def choose(scores_THM: Tensor, first: int, block: int, top_k: int) -> Tensor:
-    """The current block and the ``top_k - 1`` best scored complete past blocks, ``[T, H, top_k]``; -1 for none."""
+def choose(scores_THM: Tensor, first: int, block: int, top_k: int, previous: int = 0) -> Tensor:
+    """The current block and the ``top_k - 1`` best scored complete past blocks, ``[T, H, top_k]``; -1 for none.
+
+    The ``previous`` blocks before the current one count as the best.
+    """
     tokens, heads, count = scores_THM.shape
     current_T = torch.arange(first, first + tokens, device=scores_THM.device) // block
-    past_TM = torch.arange(count, device=scores_THM.device) < current_T[:, None]
-    scores_THM = scores_THM.masked_fill(~past_TM[:, None], -math.inf)
+    back_TM = current_T[:, None] - torch.arange(count, device=scores_THM.device)
+    scores_THM = scores_THM.masked_fill(back_TM[:, None] <= 0, -math.inf)
+    if previous:
+        scores_THM = scores_THM.masked_fill(((back_TM > 0) & (back_TM <= previous))[:, None], math.inf)
     taken = min(top_k - 1, count)
     best_THJ, blocks_THJ = scores_THM.sort(dim=-1, descending=True, stable=True)
     blocks_THJ = blocks_THJ[..., :taken].masked_fill(best_THJ[..., :taken] == -math.inf, -1)
