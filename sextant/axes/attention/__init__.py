@@ -27,7 +27,13 @@ TABLE = Table(
             MoBA,
             "the current block and the past blocks with the likeliest mean key",
             "2502.13189",
-            (MoBA(block=3, top_k=2), MoBA(block=2, top_k=3, per="group"), MoBA(block=4, top_k=1)),
+            (
+                MoBA(block=3, top_k=2),
+                MoBA(block=2, top_k=3, per="group"),
+                MoBA(block=4, top_k=1),
+                MoBA(block=2, top_k=3, previous=1, min_len=7, key_conv=3),
+                MoBA(block=512, top_k=2, decode="dense"),  # so long that dense and sparse decoding agree
+            ),
         ),
     ),
 )
