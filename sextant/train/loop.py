@@ -27,8 +27,10 @@ from sextant.train.board import Board
 from sextant.train.evaluate import HeldOut, evaluate
 from sextant.train.folder import RunFolder
 from sextant.train.loss import Balance, micro_loss
+from sextant.train.optim import train_only
 from sextant.train.rng import random_states, restore_random_states
 from sextant.train.run import Run, changes, check_run, check_vocab
+from sextant.train.start import begin_from
 from sextant.train.status import Clock, StepReport, memory_in_use
 from sextant.train.watch import SpikeWatch, first_non_finite, non_finite_gradients
 
@@ -57,6 +59,8 @@ class Trainer:
         self.bytes_P = torch.from_numpy(self.tokenizer.token_bytes_P).to(self.device)
         self.model = run.model.build(run.numerics, device=self.device, seed=run.seed)
         self.model.recompute = run.recompute
+        if run.train_only is not None:
+            say(f"trains {units.count(train_only(self.model, run.train_only))} parameters: {run.train_only}")
         self.optimiser = run.optimiser.build(self.model)
         self.loader = Loader(self.train_shards, run.data)
         self.balance = Balance(run.model)
@@ -99,7 +103,7 @@ class Trainer:
         """One optimiser step."""
         self.clock.start()
         batches = self._take(self.run.batch.at(self.step))
-        nats, extra = self._backward(batches)
+        nats, extra, learnt = self._backward(batches)
         norm = self._gradient_norm(batches)
         predicted = sum(batch.predicted for batch in batches)
         if self.spikes.is_spike(nats / predicted, norm):
@@ -108,19 +112,19 @@ class Trainer:
             self._clip(norm)
             self.optimiser.step(self.run.schedule.factor(self.step, self.run.steps))
         self.step += 1
-        self._report(batches, nats, extra, norm)
+        self._report(batches, nats, extra, learnt, norm)
 
     def _take(self, rows: int) -> list[Batch]:
         micro = self.run.batch.micro_rows
         return [self.loader.take(micro).to(self.device) for _ in range(rows // micro)]
 
-    def _backward(self, batches: list[Batch]) -> tuple[float, float]:
-        """Sum gradients over micro-batches; nats and balance loss of the step."""
+    def _backward(self, batches: list[Batch]) -> tuple[float, float, float]:
+        """Sum gradients over micro-batches; nats, balance loss and indexers' loss of the step."""
         predicted = sum(batch.predicted for batch in batches)
         tokens = sum(batch.tokens_T.numel() for batch in batches)
         self.balance.start()
         self.model.train()
-        nats, extra = 0.0, 0.0
+        nats, extra, learnt = 0.0, 0.0, 0.0
         for index, batch in enumerate(batches):
             torch.manual_seed((self.run.seed << 40) + (self.step << 12) + index)
             loss = micro_loss(
@@ -130,7 +134,8 @@ class Trainer:
                 self._stop_non_finite("loss", batch, first_non_finite(self.model, batch.tokens_T, batch.stream))
             loss.total.backward()
             nats, extra = nats + float(loss.nats), extra + float(loss.balance)
-        return nats, extra
+            learnt += float(loss.indexer)
+        return nats, extra, learnt
 
     def _gradient_norm(self, batches: list[Batch]) -> float:
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
@@ -167,7 +172,7 @@ class Trainer:
     def _last_good(self) -> str:
         return "no checkpoint yet" if self.saved is None else f"step {self.saved} is intact"
 
-    def _report(self, batches: list[Batch], nats: float, extra: float, norm: float) -> None:
+    def _report(self, batches: list[Batch], nats: float, extra: float, learnt: float, norm: float) -> None:
         seconds = self.clock.stop()
         tokens = sum(batch.tokens_T.numel() for batch in batches)
         predicted = sum(batch.predicted for batch in batches)
@@ -181,6 +186,7 @@ class Trainer:
             memory=memory_in_use(self.device), eta=self.clock.eta(self.run.steps - self.step),
             skipped=self.spikes.skipped,
             load={i: (load.peak, load.unused, load.entropy) for i, load in self.balance.loads().items()},
+            indexer=learnt,
         )
         self.folder.record(report.metrics())
         self.board.step(report)
@@ -231,6 +237,7 @@ class Trainer:
         for line in skipped:
             self.say(line)
         if found is None:
+            self._begin()
             return
         for warning in checkpoint.require_compatible(found.manifest, self._identity()):
             self.say(f"warning: {warning}")
@@ -244,6 +251,11 @@ class Trainer:
         self.folder.truncate_metrics(found.step)
         self.folder.event("resume", step=found.step)
         self.say(f"resumed from {found.path.name} (verified)")
+
+    def _begin(self) -> None:
+        """The first start of a run: from the weights of another, if it says so."""
+        if self.run.init_from is not None:
+            self.say(begin_from(self.model, Path(self.run.init_from), self.tokenizer.digest, self.run.train_only))
 
     def _save_if_new(self) -> None:
         if self.saved != self.step:

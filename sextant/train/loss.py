@@ -1,7 +1,8 @@
 """What one micro-batch adds to the step's loss, and the counts that balance needs.
 
-Everything is a sum divided by a *global* count: token losses by the step's predicted tokens, balance terms by its
-tokens. So accumulation, packing and parallelism agree, and gradients are summed, never averaged.
+Everything is a sum divided by a *global* count: token losses by the step's predicted tokens, balance terms and the
+losses of separate indexers by its tokens. So accumulation, packing and parallelism agree, and gradients are summed,
+never averaged.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sextant.axes.attention import Selection
 from sextant.axes.capacity import Experts
 from sextant.axes.routing import Routing
 from sextant.core.stream import Stream
@@ -22,11 +24,12 @@ from sextant.model.transformer import Transformer
 
 @dataclass(frozen=True)
 class MicroLoss:
-    """Of one micro-batch: ``total`` to go backward from; ``nats`` (summed token losses) and ``balance`` for the log."""
+    """Of one micro-batch: ``total`` to go backward from; ``nats`` (summed token losses) and the rest for the log."""
 
     total: Tensor
     nats: Tensor
     balance: Tensor
+    indexer: Tensor
 
 
 @dataclass(frozen=True)
@@ -103,4 +106,14 @@ def micro_loss(
     out = model(tokens_T, stream)
     nats = summed_loss(out.hidden_TD, model.head_PD, targets_T, softcap=model.spec.softcap)
     extra = balance.loss(out.routings, stream, tokens)
-    return MicroLoss(nats / predicted + extra, nats.detach(), extra.detach())
+    learnt = indexer_loss(out.selections, tokens).to(nats.device)
+    return MicroLoss(nats / predicted + extra + learnt, nats.detach(), extra.detach(), learnt.detach())
+
+
+def indexer_loss(selections: dict[int, Selection], tokens: int) -> Tensor:
+    """What separate indexers (SeerAttention's gates, DSA) learn from, over the ``tokens`` of the step; 0 without any.
+
+    The language loss gives them no gradient (spec sparse-attention, rule 5).
+    """
+    losses = [selection.loss for selection in selections.values() if selection.loss is not None]
+    return torch.stack(losses).sum() / tokens if losses else torch.zeros(())

@@ -7,6 +7,7 @@ role (MAI-Base-1 decays attention by 0.01 and embeddings by 0.005 where the rest
 from __future__ import annotations
 
 from collections import defaultdict
+from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal
 
 import torch
@@ -14,7 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from sextant.axes.stability import Role, roles
-from sextant.core.errors import CheckpointError
+from sextant.core.errors import CheckpointError, UsageError
 from sextant.core.spec import Spec
 
 _PLAIN = (Role.GAIN, Role.BIAS)
@@ -47,7 +48,7 @@ class AdamW(Spec):
     decay: Decay = Decay()
 
     def build(self, model: nn.Module) -> Optimiser:
-        return Optimiser([self.adam(dict(model.named_parameters()), roles(model))], model)
+        return Optimiser([self.adam(learning(model), roles(model))], model)
 
     def adam(self, named: dict[str, nn.Parameter], by_role: dict[str, Role]) -> torch.optim.Optimizer:
         """torch's AdamW over these parameters, one group per decay."""
@@ -68,7 +69,7 @@ class Muon(Spec):
     adamw: AdamW = AdamW()
 
     def build(self, model: nn.Module) -> Optimiser:
-        by_role, named = roles(model), dict(model.named_parameters())
+        by_role, named = roles(model), learning(model)
         ours = {n: p for n, p in named.items() if p.ndim == 2 and by_role[n] in _ORTHOGONAL}
         rest = {n: p for n, p in named.items() if n not in ours}
         muon = torch.optim.Muon(
@@ -81,6 +82,29 @@ class Muon(Spec):
 
 
 AnyOptimiser = Annotated[AdamW | Muon, Field(discriminator="kind")]
+
+
+def learning(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are not frozen, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def train_only(model: nn.Module, names: str) -> int:
+    """Freeze every parameter whose name does not match the pattern ``names``, such as ``*.pattern.gate.*``.
+
+    Returns:
+        Parameters that are left to learn.
+
+    Raises:
+        UsageError: no parameter has such a name.
+    """
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(fnmatchcase(name, names))
+    count = sum(parameter.numel() for parameter in learning(model).values())
+    if not count:
+        known = ", ".join(sorted({name.rpartition(".")[0] for name, _ in model.named_parameters()})[:4])
+        raise UsageError("no parameter to train", where="train_only", got=names, expected=f"a pattern of {known}, ...")
+    return count
 
 
 def _by_decay(named: dict[str, nn.Parameter], by_role: dict[str, Role], decay: Decay) -> list[dict[str, Any]]:

@@ -68,6 +68,8 @@ class Run(Spec):
     seed: int = Field(default=0, ge=0)
     compile: bool | None = Field(default=None, description="torch.compile; None: on a GPU only")
     recompute: bool = Field(default=False, description="recompute blocks in backward")
+    init_from: str | None = Field(default=None, description="run folder or checkpoint to take weights from")
+    train_only: str | None = Field(default=None, description="pattern of parameter names; all others stay frozen")
     log_every: int = Field(default=1, ge=1)
     eval_every: int = Field(default=100, ge=1)
     eval_tokens: int = Field(default=65_536, ge=1, description="held-out tokens per evaluation; the last uses all")

@@ -17,7 +17,7 @@ class StepReport:
     """Numbers of one optimiser step, as ``metrics.jsonl`` keeps them.
 
     ``loss`` is nats per predicted token; ``bpb`` bits per byte of the same; ``load`` holds (max/mean, unused share,
-    entropy) by MoE layer.
+    entropy) by MoE layer; ``indexer`` is what separate indexers add to the loss.
     """
 
     step: int
@@ -36,6 +36,7 @@ class StepReport:
     eta: float
     skipped: int
     load: dict[int, tuple[float, float, float]] = field(default_factory=dict)
+    indexer: float = 0.0
 
     def line(self) -> str:
         """``step 120/600 20% | loss 3.214 | bpb 1.93 | 41.2k tok/s | ...``."""
@@ -51,6 +52,8 @@ class StepReport:
         ]
         if self.load:
             parts.append(f"load max/mean {max(peak for peak, _, _ in self.load.values()):.1f}")
+        if self.indexer:
+            parts.append(f"indexer {self.indexer:.3f}")
         if self.skipped:
             parts.append(f"skipped {self.skipped}")
         return " | ".join([*parts, f"eta {units.duration(self.eta)}"])

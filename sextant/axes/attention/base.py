@@ -21,9 +21,9 @@ from sextant.axes.kv.position import ALiBi
 from sextant.axes.numerics import Numerics
 from sextant.core.cost import At, Cost
 from sextant.core.spec import Spec
-from sextant.core.state import Keys, LayerState, RowState, StateSpec
+from sextant.core.state import LayerState, RowState, StateSpec
 from sextant.core.stream import Stream
-from sextant.kernels.attention import Scores, Span, attend
+from sextant.kernels.attention import Scores
 
 
 class Pattern(Spec):
@@ -86,7 +86,8 @@ class Selection:
         blocks_THJ: int64 block numbers, counted from the start of each query's own sequence; -1 where fewer were
             chosen. The second axis is H, G or 1, as the choice is made.
         block: tokens of a block.
-        loss: what a separate indexer adds to the training loss, or None.
+        loss: what a separate indexer learns from: its loss in nats summed over the step's query tokens, already times
+            its own factor, or None. The step divides it by its tokens, as it does with balance terms.
     """
 
     blocks_THJ: Tensor
@@ -139,49 +140,3 @@ def sequences(heads: Heads, stream: Stream, keys: RowState | None) -> Iterator[S
         if start < stop:
             k, v = (heads.k_TGK[here], heads.v_TGV[here]) if keys is None else keys.sequence(b)
             yield Sequence(b, here, heads.q_THK[here], k, v)
-
-
-class SpanPattern(Pattern):
-    """A pattern that is a static span: full attention, windows, sinks. No parameters."""
-
-    @property
-    def span(self) -> Span:
-        raise NotImplementedError
-
-    def build(self, width: int, kv: KV, numerics: Numerics) -> SpanAttention:
-        return SpanAttention(self.span)
-
-    def state(self, kv: KV) -> StateSpec:
-        return kv.row(self.span.window, self.span.sinks)
-
-    def cost(self, width: int, kv: KV, at: At) -> Cost:
-        """FLOPs ``2 H (K + V)`` per key read, keys averaged over the sequence (causal counting)."""
-        heads, groups, k_dim, v_dim = kv.shape
-        state = self.state(kv).nbytes(at.tokens, at.itemsize)
-        kept = at.itemsize * (heads * (k_dim + v_dim) + groups * (k_dim + v_dim)) + 4 * heads
-        return Cost(
-            flops=2.0 * heads * (k_dim + v_dim) * self.span.mean_keys(at.tokens),
-            state_bytes=state,
-            read_bytes=state,
-            activation_bytes=kept,
-        )
-
-
-class SpanAttention(Attention):
-    """Softmax attention over a static span."""
-
-    reads_state = False
-
-    def __init__(self, span: Span):
-        super().__init__()
-        self.span = span
-
-    def forward(
-        self, heads: Heads, x_TD: Tensor, stream: Stream, scores: Scores, state: LayerState | None
-    ) -> tuple[Tensor, None]:
-        keys = Keys(heads.k_TGK, heads.v_TGV)
-        if isinstance(state, RowState):
-            keys = state.append(*heads.rows, stream)
-            if keys.positions is None:
-                keys = Keys(heads.k_TGK, heads.v_TGV)
-        return attend(heads.q_THK, keys, stream, self.span, scores), None

@@ -1,0 +1,57 @@
+"""Beginning a run with the weights of another: continued training, conversion, gates on a frozen base."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from torch import Tensor
+
+from sextant.core import units
+from sextant.core.errors import CheckpointError
+from sextant.model.transformer import Transformer
+from sextant.train import checkpoint
+from sextant.train.checkpoint import Checkpoint
+
+
+def begin_from(model: Transformer, source: Path, tokenizer: str, fresh: str | None = None) -> str:
+    """Load the weights of a run folder or of one checkpoint, and say in one line what was loaded.
+
+    The optimiser and the data start afresh. Names and shapes must be the model's own; only parameters that match the
+    pattern ``fresh`` may be missing, because they are what is trained now: they keep the values drawn for them.
+
+    Args:
+        tokenizer: digest of the run's tokenizer: weights of another vocabulary mean other tokens.
+
+    Raises:
+        CheckpointError: no checkpoint there, another tokenizer, or tensors that do not fit; the first five are named.
+    """
+    found = _found(source)
+    checkpoint.require_compatible({**found.manifest, "identity": _tokenizer(found)}, {"tokenizer": tokenizer})
+    weights, own = found.parts["model"], model.state_dict()
+    missing = [name for name in own if name not in weights and fresh is not None and fnmatchcase(name, fresh)]
+    checkpoint.require_tensors({**weights, **{name: own[name] for name in missing}}, own, str(found.path))
+    model.load_state_dict(weights, strict=not missing)
+    fresh_count = _count({name: own[name] for name in missing})
+    return f"begins with {_count(weights)} parameters of {found.path}; {fresh_count} start fresh"
+
+
+def _found(source: Path) -> Checkpoint:
+    if (source / checkpoint.MANIFEST).is_file():
+        return checkpoint.load(source)
+    found, _ = checkpoint.search(source / "checkpoints")
+    if found is None:
+        raise CheckpointError(
+            "no weights to begin with", where=f"init_from {source}", got="no checkpoint",
+            fix="Train that run first, or set init_from to a run folder or a checkpoint",
+        )
+    return found
+
+
+def _tokenizer(found: Checkpoint) -> dict[str, object]:
+    identity = found.manifest["identity"]
+    return {"tokenizer": identity["tokenizer"]} if "tokenizer" in identity else {}
+
+
+def _count(tensors: dict[str, Tensor]) -> str:
+    return units.count(sum(tensor.numel() for tensor in tensors.values()))
