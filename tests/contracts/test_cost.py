@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sextant.axes.attention import TABLE as ATTENTION
 from sextant.axes.attention import Full, Mixer, Window
-from sextant.axes.attention.base import SpanPattern
+from sextant.axes.attention.static import SpanPattern
 from sextant.axes.capacity import TABLE as CAPACITY
 from sextant.axes.capacity import Dense, Experts
 from sextant.axes.kv import GQA, POSITIONS

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from sextant.axes.attention.base import SpanPattern
+from sextant.axes.attention.static import SpanPattern
 from sextant.kernels.attention import Span
 
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from sextant.axes.attention.base import SpanPattern
+from sextant.axes.attention.static import SpanPattern
 from sextant.kernels.attention import Span
 
 

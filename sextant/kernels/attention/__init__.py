@@ -2,6 +2,8 @@
 
 * ragged training streams: runs of equal lengths go through scaled-dot-product attention together; long windows are cut
   into blocks, so that work and memory grow with the window; on a GPU in half precision, the variable-length kernel.
+* a reach that is a plain span over regrouped tokens (a dilated window, blocks) is computed as that; any other one under
+  a mask of tiles.
 * decoding states: the queries of one KV head become rows of one product, so grouped heads read their keys once.
 """
 
@@ -9,7 +11,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import cast
 
 import torch
@@ -19,15 +21,18 @@ from torch import Tensor
 from sextant.core.state import Keys
 from sextant.core.stream import Stream
 from sextant.kernels.attention.reference import attend_dense, attend_ragged
-from sextant.kernels.attention.span import Scores, Span
+from sextant.kernels.attention.span import Fold, Reach, Scores, Span, Tiled
+from sextant.kernels.attention.tiles import attend_tiles
 
-__all__ = ["Scores", "Span", "attend", "attend_dense", "attend_ragged"]
+__all__ = ["Reach", "Scores", "Span", "attend", "attend_dense", "attend_ragged", "attend_with_lse"]
 
 
-def attend(q_THK: Tensor, keys: Keys, stream: Stream, span: Span, scores: Scores) -> Tensor:
+def attend(q_THK: Tensor, keys: Keys, stream: Stream, span: Reach, scores: Scores) -> Tensor:
     """Causal attention of every query of the stream over the keys of its own sequence: ``o_THV``."""
     if keys.positions is not None:
         return _from_state(q_THK, keys, stream, span, scores)
+    if not isinstance(span, Span) or not span.plain:
+        return _regrouped(q_THK, keys, stream, span, scores)
     if q_THK.is_cuda and q_THK.dtype in (torch.bfloat16, torch.float16) and not span.sinks and scores.slopes_H is None:
         return _on_gpu(q_THK, keys, stream, span, scores)
     pieces, at = [], 0
@@ -37,6 +42,59 @@ def attend(q_THK: Tensor, keys: Keys, stream: Stream, span: Span, scores: Scores
         pieces.append(_causal(q, k, v, span, scores).transpose(1, 2).flatten(0, 1))
         at = here.stop
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces) if pieces else keys.v.new_empty(0, *q_THK.shape[1:])
+
+
+def attend_with_lse(
+    q_THK: Tensor, keys: Keys, stream: Stream, span: Reach, scores: Scores
+) -> tuple[Tensor, Tensor]:
+    """:func:`attend` one sequence at a time, with the log-sum-exp of each query's scores: ``o_THV`` and ``lse_HT``."""
+    parts: list[tuple[Tensor, Tensor]] = []
+    at = 0
+    for b, length in enumerate(stream.lengths):
+        here, at = slice(at, at + length), at + length
+        if not length:
+            continue
+        if keys.positions is None:
+            parts.append(attend_tiles(q_THK[here], keys.k[here], keys.v[here], Tiled(span), scores, span.tile))
+            continue
+        q_T, k_S = stream.positions_T[here], keys.positions[b]
+        k_SGK, v_SGV = keys.k[b].transpose(0, 1), keys.v[b].transpose(0, 1)
+        mask_TS = span.visible(q_T, k_S)
+        parts.append(attend_dense(q_THK[here], k_SGK, v_SGV, mask_TS, scores, q_T[:, None] - k_S))
+    if not parts:
+        return keys.v.new_empty(0, q_THK.shape[1], keys.v.shape[-1]), keys.v.new_empty(q_THK.shape[1], 0)
+    outputs, sums = zip(*parts, strict=True)
+    return torch.cat(outputs), torch.cat(sums, dim=1)
+
+
+def _regrouped(q_THK: Tensor, keys: Keys, stream: Stream, span: Reach, scores: Scores) -> Tensor:
+    """Each sequence as several under a plain span where the reach can be folded so, else under its mask."""
+    if span.fold(1) is None:
+        return attend_with_lse(q_THK, keys, stream, span, scores)[0]
+    order_T, back_T, parts, inner, stretch = _order(span, tuple(stream.lengths), q_THK.device)
+    slopes_H = None if scores.slopes_H is None else scores.slopes_H * stretch
+    q, k, v = (x.index_select(0, order_T) for x in (q_THK, keys.k, keys.v))
+    return attend(q, Keys(k, v), parts, inner, Scores(scores.scale, slopes_H)).index_select(0, back_T)
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _order(
+    span: Reach, lengths: tuple[int, ...], device: torch.device
+) -> tuple[Tensor, Tensor, Stream, Span, int]:
+    """Where each row of the regrouped stream comes from, where it goes back to, that stream, its span and stretch."""
+    folds = {length: _fold(span, length) for length in {1, *lengths}}
+    starts = [0, *accumulate(lengths)]
+    order_T = torch.cat([folds[length].order_T + start for start, length in zip(starts, lengths, strict=False)])
+    parts = Stream.of_lengths([part for length in lengths for part in folds[length].lengths if part], device)
+    return order_T.to(device), order_T.argsort().to(device), parts, folds[1].span, folds[1].stretch
+
+
+def _fold(span: Reach, length: int) -> Fold:
+    fold = span.fold(length)
+    if fold is None:
+        raise ValueError(f"{span} folds some lengths and not {length}")
+    return fold
 
 
 def _runs(stream: Stream) -> list[tuple[int, int]]:
@@ -71,7 +129,7 @@ def _bias(length: int, span: Span, scores: Scores, like: Tensor) -> Tensor:
     return _bias_at(position_1T, position_1T, span, scores, like)
 
 
-def _bias_at(q_T: Tensor, k_S: Tensor, span: Span, scores: Scores, like: Tensor) -> Tensor:
+def _bias_at(q_T: Tensor, k_S: Tensor, span: Reach, scores: Scores, like: Tensor) -> Tensor:
     mask = span.visible(q_T, k_S).unsqueeze(-3)
     if scores.slopes_H is None:
         return mask
@@ -121,7 +179,7 @@ def _on_gpu(q_THK: Tensor, keys: Keys, stream: Stream, span: Span, scores: Score
     return cast(Tensor, o_THV)
 
 
-def _from_state(q_THK: Tensor, keys: Keys, stream: Stream, span: Span, scores: Scores) -> Tensor:
+def _from_state(q_THK: Tensor, keys: Keys, stream: Stream, span: Reach, scores: Scores) -> Tensor:
     """Queries of a decoding step or a chunk over buffers ``[B, G, S, K]``."""
     if stream.rows:
         return _over_buffers(q_THK, keys, stream.positions_T, stream.rows, span, scores)
@@ -140,7 +198,7 @@ def _positions(keys: Keys) -> Tensor:
     return keys.positions
 
 
-def _mask(keys: Keys, position_BT: Tensor, span: Span, copies: int, dtype: torch.dtype) -> Tensor:
+def _mask(keys: Keys, position_BT: Tensor, span: Reach, copies: int, dtype: torch.dtype) -> Tensor:
     """0 or minus infinity, ``[B, 1, copies * T, S]``: the same for all layers of a step, so made by the first."""
     key = (span, copies, dtype)
     if key not in keys.notes:
@@ -150,9 +208,10 @@ def _mask(keys: Keys, position_BT: Tensor, span: Span, copies: int, dtype: torch
     return keys.notes[key]
 
 
-def _over_buffers(q_THK: Tensor, keys: Keys, position_T: Tensor, rows: int, span: Span, scores: Scores) -> Tensor:
+def _over_buffers(q_THK: Tensor, keys: Keys, position_T: Tensor, rows: int, span: Reach, scores: Scores) -> Tensor:
     heads, groups = q_THK.shape[1], keys.k.shape[1]
-    if keys.exact and scores.slopes_H is None:  # one token per sequence: nothing to transpose
+    exact = keys.exact and span.plain
+    if exact and scores.slopes_H is None:  # one token per sequence: nothing to transpose
         q_BGTK = q_THK.unflatten(1, (groups, -1))
         return _sdpa(q_BGTK, keys.k, keys.v, scores.scale).flatten(1, 2)
     # The queries of the heads of one group follow each other as rows, so that the group's keys are read once.
@@ -162,6 +221,6 @@ def _over_buffers(q_THK: Tensor, keys: Keys, position_T: Tensor, rows: int, span
         bias = _bias_at(position_BT, _positions(keys), span, scores, q_THK)
         bias = bias.unflatten(1, (groups, heads // groups)).flatten(2, 3)
     else:
-        bias = None if keys.exact else _mask(keys, position_BT, span, heads // groups, q_THK.dtype)
+        bias = None if exact else _mask(keys, position_BT, span, heads // groups, q_THK.dtype)
     o = _sdpa(q_BGTK, keys.k, keys.v, scores.scale, bias)
     return o.unflatten(2, (heads // groups, -1)).flatten(1, 2).transpose(1, 2).flatten(0, 1)
