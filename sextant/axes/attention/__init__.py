@@ -7,10 +7,11 @@ from pydantic import Field
 from sextant.axes.attention.base import Mixer, Pattern, Selection
 from sextant.axes.attention.full import Full
 from sextant.axes.attention.moba import MoBA
+from sextant.axes.attention.nsa import NSA, MeanPhi, MLPPhi
 from sextant.axes.attention.window import Window
 from sextant.core.table import Row, Table
 
-AnyAttention = Annotated[Full | Window | MoBA, Field(discriminator="kind")]
+AnyAttention = Annotated[Full | Window | MoBA | NSA, Field(discriminator="kind")]
 
 TABLE = Table(
     "attention",
@@ -35,7 +36,24 @@ TABLE = Table(
                 MoBA(block=512, top_k=2, decode="dense"),  # so long that dense and sparse decoding agree
             ),
         ),
+        Row(
+            NSA,
+            "compressed keys, the blocks that they point to, and a window, gated",
+            "2502.11089",
+            (
+                NSA(length=4, stride=2, block=4, top_k=3, initial=1, local=1, window=3, phi=MLPPhi(hidden=5)),
+                NSA(
+                    length=2, stride=2, block=2, top_k=4, initial=1, local=2, window=2, phi=MeanPhi(), gates="token",
+                    separate_kv=False, cmp_rope="post",
+                ),
+                NSA(
+                    length=4, stride=2, block=4, top_k=2, initial=0, local=2, window=5, phi=MLPPhi(hidden=4),
+                    separate_kv=False, cmp_rope="none",
+                ),
+                NSA(length=2, stride=1, block=3, top_k=3, local=1, window=2, phi=MeanPhi(), cmp_rope="post"),
+            ),
+        ),
     ),
 )
 
-__all__ = ["TABLE", "AnyAttention", "Full", "Mixer", "MoBA", "Pattern", "Selection", "Window"]
+__all__ = ["NSA", "TABLE", "AnyAttention", "Full", "Mixer", "MoBA", "Pattern", "Selection", "Window"]

@@ -37,17 +37,20 @@ def top_blocks(
     return choose(scores_THM, first, block, top_k, previous)
 
 
-def choose(scores_THM: Tensor, first: int, block: int, top_k: int, previous: int = 0) -> Tensor:
+def choose(
+    scores_THM: Tensor, first: int, block: int, top_k: int, previous: int = 0, initial: int = 0
+) -> Tensor:
     """The current block and the ``top_k - 1`` best scored complete past blocks, ``[T, H, top_k]``; -1 for none.
 
-    The ``previous`` blocks before the current one count as the best.
+    The ``previous`` blocks before the current one and the ``initial`` ones of the sequence count as the best.
     """
     tokens, heads, count = scores_THM.shape
     current_T = torch.arange(first, first + tokens, device=scores_THM.device) // block
     back_TM = current_T[:, None] - torch.arange(count, device=scores_THM.device)
     scores_THM = scores_THM.masked_fill(back_TM[:, None] <= 0, -math.inf)
-    if previous:
-        scores_THM = scores_THM.masked_fill(((back_TM > 0) & (back_TM <= previous))[:, None], math.inf)
+    if previous or initial:
+        forced_TM = (back_TM > 0) & ((back_TM <= previous) | (torch.arange(count, device=back_TM.device) < initial))
+        scores_THM = scores_THM.masked_fill(forced_TM[:, None], math.inf)
     taken = min(top_k - 1, count)
     best_THJ, blocks_THJ = scores_THM.sort(dim=-1, descending=True, stable=True)
     blocks_THJ = blocks_THJ[..., :taken].masked_fill(best_THJ[..., :taken] == -math.inf, -1)
