@@ -139,7 +139,9 @@ class StaticAttention(Attention):
             keys = state.part(_part(kept), RowState).append(k_TGK, v_TGV, stream)
         elif isinstance(state, RowState):
             keys = state.append(*heads.rows, stream)
-        return keys if keys.positions is not None else _of(own, groups, len(self.reaches))
+        if keys.positions is None:
+            return _of(own, groups, len(self.reaches))
+        return keys if heads.multiply_out is None else heads.multiply_out(keys)
 
     def _by_group(
         self, q_THK: Tensor, held: dict[tuple[int | None, int], Keys], stream: Stream, scores: Scores

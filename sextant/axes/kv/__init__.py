@@ -1,7 +1,12 @@
 """Axis 2, KV: what is projected, cached and shared? Position codes live here too, because they are part of a key."""
 
+from typing import Annotated
+
+from pydantic import Field
+
 from sextant.axes.kv.base import KV
 from sextant.axes.kv.gqa import GQA
+from sextant.axes.kv.mla import MLA
 from sextant.axes.kv.position import (
     ALiBi,
     AnyPosition,
@@ -15,7 +20,7 @@ from sextant.axes.kv.position import (
 from sextant.axes.stability import RMSNorm
 from sextant.core.table import Row, Table
 
-AnyKV = GQA
+AnyKV = Annotated[GQA | MLA, Field(discriminator="kind")]
 
 TABLE = Table(
     "kv",
@@ -30,6 +35,15 @@ TABLE = Table(
                 GQA(heads=3, kv_heads=3, head_dim=8, bias=True),
                 GQA(heads=4, kv_heads=1, head_dim=6, scale=0.3),
                 GQA(heads=6, kv_heads=2, head_dim=8, qk_norm=RMSNorm()),
+            ),
+        ),
+        Row(
+            MLA,
+            "one latent row per token for all heads, and a shared rotary key",
+            "2405.04434; 2412.19437",
+            (
+                MLA(heads=4, rank=12, nope_dim=2, rope_dim=4, v_dim=3, q_rank=7),
+                MLA(heads=3, rank=6, nope_dim=4, rope_dim=4, v_dim=7, bias=True, position=RoPE(base=500.0)),
             ),
         ),
     ),
@@ -59,6 +73,6 @@ POSITIONS = Table(
 )
 
 __all__ = [
-    "GQA", "KV", "POSITIONS", "TABLE", "ALiBi", "AnyKV", "AnyPosition", "AnyScaling", "LinearScaling",
+    "GQA", "KV", "MLA", "POSITIONS", "TABLE", "ALiBi", "AnyKV", "AnyPosition", "AnyScaling", "LinearScaling",
     "Llama3Scaling", "NoPE", "RoPE", "YaRNScaling",
 ]

@@ -5,6 +5,7 @@ A KV option builds a :class:`Projections` and says how wide a cached row is.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from sextant.axes.numerics import Numerics
 from sextant.core.cost import At, Cost
 from sextant.core.spec import Spec
-from sextant.core.state import RowSpec
+from sextant.core.state import Keys, RowSpec
 from sextant.core.stream import Stream
 from sextant.kernels.attention import Scores
 
@@ -25,6 +26,10 @@ class Heads:
         q_THK, k_TGK, v_TGV: in the compute dtype, position code applied.
         plain_q_THK, plain_k_TGK: the same before the position code; None where no such rows exist (latents).
         kept: the rows that a decoding state keeps in place of k and v, or None.
+        multiply_out: makes per-head keys of the rows in a decoding state; set where k and v are per head and the state
+            keeps other rows, whose earlier ones the pattern must multiply out before it reads them.
+        latent: values are latents, and so is what attention returns.
+        q_latent_TR: compressed rows that the queries were projected from, or None.
     """
 
     q_THK: Tensor
@@ -33,6 +38,9 @@ class Heads:
     plain_q_THK: Tensor | None = None
     plain_k_TGK: Tensor | None = None
     kept: tuple[Tensor, Tensor] | None = None
+    multiply_out: Callable[[Keys], Keys] | None = None
+    latent: bool = False
+    q_latent_TR: Tensor | None = None
 
     @property
     def rows(self) -> tuple[Tensor, Tensor]:
@@ -71,6 +79,10 @@ class KV(Spec):
         """What a decoding state keeps of each token, for as long as a pattern says."""
         _, groups, k_dim, v_dim = self.shape
         return RowSpec(groups, k_dim, v_dim, window, sinks)
+
+    def query_width(self, width: int) -> int:
+        """Width of the rows that queries are projected from: the model's, or that of their latents."""
+        return width
 
     def build(self, width: int, numerics: Numerics) -> Projections:
         raise NotImplementedError

@@ -68,6 +68,11 @@ class YaRNScaling(Spec):
     mscale_all_dim: float | None = None
     truncate: bool = True
 
+    @property
+    def score_scale(self) -> float:
+        """What DeepSeek multiplies whole scores by, rotary or not: ``(0.1 mscale_all_dim ln(factor) + 1)^2``."""
+        return self._mscale(self.mscale_all_dim) ** 2 if self.mscale_all_dim else 1.0
+
     def scale(self, frequencies: Tensor, base: float) -> tuple[Tensor, float]:
         """Scaled frequencies and the factor on cosine and sine."""
         low, high = self._edge(self.beta_fast, frequencies, base), self._edge(self.beta_slow, frequencies, base)
