@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
@@ -26,7 +25,7 @@ from sextant.core.state import BlockSpec, BlockState, JointSpec, JointState, Lay
 from sextant.core.stream import Stream
 from sextant.kernels.attention import Scores
 from sextant.kernels.attention.selected import attend_selected
-from sextant.kernels.attention.topk import block_means, top_blocks
+from sextant.kernels.attention.topk import block_means, even, past_blocks, selected_keys, top_blocks
 
 
 class MoBA(SelectingPattern):
@@ -100,7 +99,7 @@ class MoBA(SelectingPattern):
     def _cost(self, kv: KV, at: At, distinct: float) -> Cost:
         heads, groups, k_dim, v_dim = kv.shape
         row, past = kv.row(), at.tokens // self.block
-        scored = _blocks(at.tokens, self.block, past) / at.tokens
+        scored = past_blocks(at.tokens, self.block, past) / at.tokens
         rows_read = distinct * self.block + at.tokens % self.block
         conv = self._conv_cost(kv, at)
         read = row.heads * (4 * past * row.k_dim + rows_read * (row.k_dim + row.v_dim) * at.itemsize)
@@ -123,19 +122,8 @@ class MoBA(SelectingPattern):
     def _keys(self, tokens: int) -> int:
         """Keys read by all queries of a sequence of this length, heads counted once."""
         dense = min(self.min_len, tokens)
-        return dense * (dense + 1) // 2 + self._sparse_keys(tokens) - self._sparse_keys(dense)
-
-    def _sparse_keys(self, tokens: int) -> int:
-        blocks, rest = divmod(tokens, self.block)
-        own = blocks * self.block * (self.block + 1) // 2 + rest * (rest + 1) // 2
-        return own + self.block * _blocks(tokens, self.block, self.top_k - 1)
-
-
-def _blocks(tokens: int, block: int, most: int) -> int:
-    """Sum over the queries of a sequence of their complete past blocks, each counting at most ``most``."""
-    blocks, rest = divmod(tokens, block)
-    ramp = min(most, blocks)
-    return block * (ramp * (ramp - 1) // 2 + ramp * (blocks - ramp)) + rest * ramp
+        sparse = selected_keys(tokens, self.block, self.top_k) - selected_keys(dense, self.block, self.top_k)
+        return dense * (dense + 1) // 2 + sparse
 
 
 class MoBAAttention(Attention):
@@ -162,7 +150,7 @@ class MoBAAttention(Attention):
             blocks_THJ = self._choose(own, means)
             outputs.append(attend_selected(own.q_THK, own.k_SGK, own.v_SGV, blocks_THJ, self.spec.block, scores)[0])
             chosen.append(blocks_THJ)
-        return torch.cat(outputs), Selection(_even(chosen), self.spec.block)
+        return torch.cat(outputs), Selection(even(chosen), self.spec.block)
 
     @torch.no_grad()
     def _choose(self, own: Sequence, means: BlockState | None) -> Tensor:
@@ -185,10 +173,3 @@ class MoBAAttention(Attention):
     def _dense_until(self, own: Sequence) -> int:
         """Tokens before this one in the sequence read everything."""
         return len(own.k_SGK) if self.spec.decode == "dense" and len(own.q_THK) == 1 else self.spec.min_len
-
-
-def _even(chosen: list[Tensor]) -> Tensor:
-    """Choices of all sequences as one tensor; those with fewer places get -1."""
-    places = max((blocks.shape[2] for blocks in chosen), default=0)
-    padded = [F.pad(blocks, (0, places - blocks.shape[2]), value=-1) for blocks in chosen]
-    return torch.cat(padded) if padded else torch.empty(0, 1, 0, dtype=torch.int64)

@@ -37,10 +37,10 @@ class Grid:
         """Windows that end within the first ``tokens`` tokens."""
         return max(0, (tokens - self.length) // self.stride + 1)
 
-    def mean_complete(self, tokens: int) -> float:
-        """Windows that a query sees, averaged over the queries of a sequence."""
+    def all_complete(self, tokens: int) -> int:
+        """Windows that a query sees, added up over the queries of a sequence."""
         count = self.complete(tokens)
-        return (count * (tokens - self.length + 1) - self.stride * count * (count - 1) / 2) / tokens
+        return count * (tokens - self.length + 1) - self.stride * count * (count - 1) // 2
 
     def windows(self, rows: Tensor, tokens: int, start: int, stop: int) -> Tensor:
         """Rows ``[M, length, ...]`` of the windows ``start`` to ``stop - 1``; ``rows`` are the last of ``tokens``."""

@@ -6,8 +6,10 @@ Spec sparse-attention 1.4; every method with block scores chooses here.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -57,3 +59,24 @@ def choose(
     current_TH1 = current_T[:, None, None].expand(-1, heads, 1)
     short_THJ = blocks_THJ.new_full((tokens, heads, top_k - 1 - taken), -1)
     return torch.cat([current_TH1, blocks_THJ, short_THJ], dim=-1)
+
+
+def even(chosen: Sequence[Tensor]) -> Tensor:
+    """Choices of several sequences as one ``blocks_THJ``; those with fewer places get -1."""
+    places = max((blocks.shape[2] for blocks in chosen), default=0)
+    padded = [F.pad(blocks, (0, places - blocks.shape[2]), value=-1) for blocks in chosen]
+    return torch.cat(padded) if padded else torch.empty(0, 1, 0, dtype=torch.int64)
+
+
+def past_blocks(tokens: int, block: int, most: int) -> int:
+    """Sum over the queries of a sequence of their complete past blocks, each counting at most ``most``."""
+    blocks, rest = divmod(tokens, block)
+    ramp = min(most, blocks)
+    return block * (ramp * (ramp - 1) // 2 + ramp * (blocks - ramp)) + rest * ramp
+
+
+def selected_keys(tokens: int, block: int, top_k: int) -> int:
+    """Sum over the queries of a sequence of the keys in their own block and ``top_k - 1`` past ones."""
+    blocks, rest = divmod(tokens, block)
+    own = blocks * block * (block + 1) // 2 + rest * (rest + 1) // 2
+    return own + block * past_blocks(tokens, block, top_k - 1)

@@ -32,7 +32,7 @@ from sextant.kernels.attention import Scores, Span
 from sextant.kernels.attention.compressed import Grid, attend_compressed
 from sextant.kernels.attention.last import attend_last
 from sextant.kernels.attention.selected import attend_selected
-from sextant.kernels.attention.topk import choose
+from sextant.kernels.attention.topk import choose, even, selected_keys
 
 __all__ = ["NSA", "AnyPhi", "MLPPhi", "MeanPhi"]
 
@@ -113,8 +113,8 @@ class NSA(SelectingPattern):
     def cost(self, width: int, kv: KV, at: At) -> Cost:
         """Own projections, gates and phi; scores and sums of the three branches (spec sparse-attention 1.5)."""
         heads, groups, k_dim, v_dim = kv.shape
-        seen = self.grid.mean_complete(at.tokens)
-        selected = mean_selected_keys(at.tokens, self.block, self.top_k)
+        seen = self.grid.all_complete(at.tokens) / at.tokens
+        selected = selected_keys(at.tokens, self.block, self.top_k) / at.tokens
         keys = seen + selected + Span(self.window).mean_keys(at.tokens)
         rows = groups * (3 if self.separate_kv else 1)
         own = Cost(
@@ -159,15 +159,6 @@ def per_head(kv: KV) -> GQA:
     if not isinstance(kv, GQA):
         raise UsageError("nsa needs keys and values per head", got=type(kv).__name__, fix="Use kind: gqa")
     return kv
-
-
-def mean_selected_keys(tokens: int, block: int, top_k: int) -> float:
-    """Keys of the current block and of at most ``top_k - 1`` past ones, averaged over the queries of a sequence."""
-    blocks, rest = divmod(tokens, block)
-    few = min(top_k - 1, blocks)
-    past = block * (few * (few - 1) // 2 + (blocks - few) * few) + rest * few  # blocks read, over all queries
-    own = blocks * block * (block + 1) // 2 + rest * (rest + 1) // 2
-    return (past * block + own) / tokens
 
 
 class Branch(nn.Module):
@@ -231,7 +222,8 @@ class NSAAttention(Attention):
         if keys is not None:
             keys.append(*heads.rows, stream)
         coarse, near = self._coarse_rows(heads, x_TD, stream, joint), self._near_rows(x_TD, stream, joint)
-        branches, chosen = [], []
+        none_THV = heads.v_TGV.new_empty(0, heads.q_THK.shape[1], heads.v_TGV.shape[2])
+        branches, chosen = [3 * (none_THV,)], []
         for own in sequences(heads, stream, keys):
             coarse_THV, blocks_TGJ = self._look(heads, own, coarse, stream, scores, joint)
             picked_THV, _ = attend_selected(own.q_THK, own.k_SGK, own.v_SGV, blocks_TGJ, self.spec.block, scores)
@@ -240,7 +232,7 @@ class NSAAttention(Attention):
             branches.append((coarse_THV, picked_THV, near_THV))
             chosen.append(blocks_TGJ)
         o_THV = self._gated(x_TD, [torch.cat(pieces) for pieces in zip(*branches, strict=True)])
-        return o_THV, Selection(torch.cat(chosen), self.spec.block)
+        return o_THV, Selection(even(chosen), self.spec.block)
 
     def _look(
         self, heads: Heads, own: Sequence, coarse: Rows | None, stream: Stream, scores: Scores, joint: JointState | None
