@@ -21,6 +21,7 @@ from sextant.core.errors import NumericsError, Stopped
 from sextant.data.loader import Batch, Loader, bytes_of, heldout
 from sextant.data.prepare import opened
 from sextant.data.tokenizer import Tokenizer
+from sextant.model.switch import switch
 from sextant.model.transformer import Transformer
 from sextant.train import checkpoint
 from sextant.train.board import Board
@@ -69,6 +70,7 @@ class Trainer:
         self.step, self.tokens, self.seconds, self.saved = 0, 0, 0.0, None
         self._prepare_folder()
         self._resume()
+        self._attend(run.stage_at(max(0, self.step - 1)))
         self.board = Board(folder.path, self.step)
         if run.schedule.warmup >= run.steps:
             say(f"note: warm-up takes {run.schedule.warmup} steps, the run only {run.steps}")
@@ -101,6 +103,8 @@ class Trainer:
 
     def _advance(self) -> None:
         """One optimiser step."""
+        if self.run.stage_at(self.step) != self.stage:
+            self._enter_stage(self.run.stage_at(self.step))
         self.clock.start()
         batches = self._take(self.run.batch.at(self.step))
         nats, extra, learnt = self._backward(batches)
@@ -113,6 +117,18 @@ class Trainer:
             self.optimiser.step(self.run.schedule.factor(self.step, self.run.steps))
         self.step += 1
         self._report(batches, nats, extra, learnt, norm)
+
+    def _attend(self, stage: int) -> None:
+        """Let the layers read as this stage of the run says; weights and optimiser stay as they are."""
+        model = self.run.model_in(stage)
+        switch(self.model, model)
+        self.stage, self.clock.flops_per_token = stage, model.cost(At(self.run.data.seq_len)).flops
+
+    def _enter_stage(self, stage: int) -> None:
+        self._attend(stage)
+        attention = [layer.attention.to_dict() for layer in self.model.spec.layers]
+        self.folder.event("stage", step=self.step, attention=attention)
+        self.say(f"  stage {stage + 1} of {len(self.run.stages) + 1}: other attention, same weights")
 
     def _take(self, rows: int) -> list[Batch]:
         micro = self.run.batch.micro_rows

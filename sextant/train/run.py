@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Literal
 
 from pydantic import Field, model_validator
 
+from sextant.axes.attention import AnyAttention
 from sextant.axes.numerics import FP32, AnyNumerics
 from sextant.core.errors import UsageError
 from sextant.core.spec import Spec
 from sextant.data.spec import Data
 from sextant.model.checks import check
 from sextant.model.spec import ModelSpec
+from sextant.model.switch import attending
 from sextant.train.optim import AdamW, AnyOptimiser
 from sextant.train.schedule import AnySchedule, Cosine
 
@@ -51,6 +54,21 @@ class Spikes(Spec):
     patience: int = Field(default=10, ge=1)
 
 
+class Stage(Spec):
+    """An earlier part of training in which layers read other keys than the model's own patterns say.
+
+    Weights and optimiser state do not notice: only patterns without parameters change (spec sparse-attention 12.2).
+    What is saved, served and converted is the model with its own patterns.
+
+    Attributes:
+        until: share of the steps at which it ends, for the next stage or the model's own patterns.
+        attention: one pattern for each layer.
+    """
+
+    until: float = Field(gt=0, lt=1)
+    attention: tuple[AnyAttention, ...]
+
+
 class Run(Spec):
     """Everything that decides what a training run computes, and what it leaves behind."""
 
@@ -70,6 +88,7 @@ class Run(Spec):
     recompute: bool = Field(default=False, description="recompute blocks in backward")
     init_from: str | None = Field(default=None, description="run folder or checkpoint to take weights from")
     train_only: str | None = Field(default=None, description="pattern of parameter names; all others stay frozen")
+    stages: tuple[Stage, ...] = Field(default=(), description="other attention early in training")
     log_every: int = Field(default=1, ge=1)
     eval_every: int = Field(default=100, ge=1)
     eval_tokens: int = Field(default=65_536, ge=1, description="held-out tokens per evaluation; the last uses all")
@@ -78,6 +97,27 @@ class Run(Spec):
     save_every: int = Field(default=100, ge=1)
     keep: int = Field(default=2, ge=2, description="newest checkpoints kept")
     keep_every: int | None = Field(default=None, ge=1, description="multiples of this step are never removed")
+
+    @model_validator(mode="after")
+    def _stages_ascend(self) -> Run:
+        ends = [round(stage.until * self.steps) for stage in self.stages]
+        if any(a >= b for a, b in pairwise([0, *ends, self.steps])):
+            raise ValueError(f"stages must end one after another and before the last step, here at {ends}")
+        return self
+
+    def stage_at(self, step: int) -> int:
+        """Stages that are over before optimiser step ``step``."""
+        return sum(step >= round(stage.until * self.steps) for stage in self.stages)
+
+    def model_in(self, stage: int) -> ModelSpec:
+        """The model as this stage trains it; after the last stage, the model itself.
+
+        Raises:
+            UsageError: the stage would need other parameters.
+        """
+        if stage == len(self.stages):
+            return self.model
+        return attending(self.model, self.stages[stage].attention, f"stages[{stage}].attention")
 
 
 RESUMABLE = (
@@ -94,7 +134,8 @@ def check_run(run: Run) -> None:
     Raises:
         UsageError: the first broken rule, with path and remedy.
     """
-    check(run.model)
+    for stage in range(len(run.stages) + 1):
+        check(run.model_in(stage), "model" if stage == len(run.stages) else f"stages[{stage}].model")
     if run.data.seq_len > run.model.context:
         raise UsageError(
             "sequences are longer than the model's context",
