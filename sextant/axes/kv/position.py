@@ -202,6 +202,12 @@ class Rotary(nn.Module):
         return torch.stack((a, b), dim=-1).flatten(-2) if self.interleaved else torch.cat((a, b), dim=-1)
 
 
+def turned(position: nn.Module, x_THK: Tensor, places_T: Tensor) -> Tensor:
+    """Rows with the code of the places that are given, whatever their own: blocks at their first token, a constant."""
+    ends = torch.tensor([0, len(places_T)], dtype=torch.int32, device=places_T.device)
+    return position(x_THK, x_THK, Stream(places_T, ends, len(places_T)))[0]
+
+
 def _alibi_slopes(heads: int) -> Tensor:
     whole = 2 ** math.floor(math.log2(heads))
     slopes = [2 ** (-8 * (h + 1) / whole) for h in range(whole)]
