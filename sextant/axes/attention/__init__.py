@@ -5,13 +5,23 @@ from typing import Annotated
 from pydantic import Field
 
 from sextant.axes.attention.base import Mixer, Pattern, Selection
+from sextant.axes.attention.bigbird import BigBird
+from sextant.axes.attention.block_local import BlockLocal
+from sextant.axes.attention.dilated import Dilated
+from sextant.axes.attention.fixed import Fixed
 from sextant.axes.attention.full import Full
+from sextant.axes.attention.infllm_v2 import InfLLMV2
+from sextant.axes.attention.longformer import Longformer
+from sextant.axes.attention.moa import MoA
 from sextant.axes.attention.moba import MoBA
 from sextant.axes.attention.nsa import NSA, MeanPhi, MLPPhi
+from sextant.axes.attention.sink import LearnedSink
+from sextant.axes.attention.strided import Strided
 from sextant.axes.attention.window import Window
 from sextant.core.table import Row, Table
 
-AnyAttention = Annotated[Full | Window | MoBA | NSA, Field(discriminator="kind")]
+Static = Full | Window | Dilated | BlockLocal | Strided | Fixed | Longformer | BigBird | MoA | LearnedSink
+AnyAttention = Annotated[Static | MoBA | NSA | InfLLMV2, Field(discriminator="kind")]
 
 TABLE = Table(
     "attention",
@@ -23,6 +33,70 @@ TABLE = Table(
             "the last W keys, and the first few as sinks",
             "2004.05150; 2310.06825; sinks 2309.17453",
             (Window(window=4), Window(window=1), Window(window=3, sinks=2), Window(window=64)),
+        ),
+        Row(
+            Dilated,
+            "W keys of the past, some tokens apart",
+            "2004.05150, section 3.1",
+            (Dilated(window=3, dilation=2), Dilated(window=2, dilation=5), Dilated(window=4, dilation=1)),
+        ),
+        Row(
+            BlockLocal,
+            "the query's own block up to itself",
+            "2502.13189 with top_k 1; 1904.10509",
+            (BlockLocal(block=4), BlockLocal(block=1), BlockLocal(block=5)),
+        ),
+        Row(
+            Strided,
+            "the last few keys, and every stride-th of the past",
+            "1904.10509, section 4.2",
+            (Strided(stride=3, heads="merged"), Strided(stride=3), Strided(stride=1)),
+        ),
+        Row(
+            Fixed,
+            "the own block, and the last columns of every past block",
+            "1904.10509, section 4.2",
+            (
+                Fixed(block=4, columns=2, heads="merged", subblocks="distinct"),
+                Fixed(block=3, columns=1),
+                Fixed(block=4, columns=2, heads="merged"),
+            ),
+        ),
+        Row(
+            Longformer,
+            "a window, wider with gaps in some heads, and the first tokens",
+            "2004.05150",
+            (
+                Longformer(window=3, global_tokens=2),
+                Longformer(window=3, global_tokens=1, dilation=2, dilated=1),
+                Longformer(window=2, dilation=3, dilated=2),
+            ),
+        ),
+        Row(
+            BigBird,
+            "near, first and random blocks",
+            "2007.14062",
+            (
+                BigBird(block=2, window=1, global_blocks=1, random=1),
+                BigBird(block=1, window=2, global_blocks=0, random=2, seed=7),
+                BigBird(block=3, window=2, global_blocks=1, random=0),
+            ),
+        ),
+        Row(
+            MoA,
+            "a span for every KV head, growing with the length",
+            "2406.14909",
+            (
+                MoA(alpha=(2, 1), beta=(0.0, 0.4), sinks=1, block=1),
+                MoA(alpha=(2, 3), beta=(0.2, 0.0), sinks=2, block=2, length=20),
+                MoA(alpha=(4, 4), beta=(0.1, 0.1), sinks=0, block=3, length=11),
+            ),
+        ),
+        Row(
+            LearnedSink,
+            "all keys or the last W, and a learned logit per head for none of them",
+            "gpt-oss",
+            (LearnedSink(), LearnedSink(window=4), LearnedSink(window=1)),
         ),
         Row(
             MoBA,
@@ -53,7 +127,19 @@ TABLE = Table(
                 NSA(length=2, stride=1, block=3, top_k=3, local=1, window=2, phi=MeanPhi(), cmp_rope="post"),
             ),
         ),
+        Row(
+            InfLLMV2,
+            "blocks chosen by pooled keys and a window of blocks, one softmax, dense while short",
+            "2509.24663",
+            (
+                InfLLMV2(length=4, stride=2, block=4, top_k=1, window=4, dense_len=0),
+                InfLLMV2(length=2, stride=1, block=2, top_k=2, initial=0, window=4, dense_len=7),
+            ),
+        ),
     ),
 )
 
-__all__ = ["NSA", "TABLE", "AnyAttention", "Full", "Mixer", "MoBA", "Pattern", "Selection", "Window"]
+__all__ = [
+    "NSA", "TABLE", "AnyAttention", "BigBird", "BlockLocal", "Dilated", "Fixed", "Full", "LearnedSink", "Longformer",
+    "Mixer", "MoA", "MoBA", "Pattern", "Selection", "Strided", "Window",
+]

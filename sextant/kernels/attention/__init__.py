@@ -69,7 +69,7 @@ def attend_with_lse(
 
 def _regrouped(q_THK: Tensor, keys: Keys, stream: Stream, span: Reach, scores: Scores) -> Tensor:
     """Each sequence as several under a plain span where the reach can be folded so, else under its mask."""
-    if span.fold(1) is None:
+    if not len(q_THK) or span.fold(1) is None:
         return attend_with_lse(q_THK, keys, stream, span, scores)[0]
     order_T, back_T, parts, inner, stretch = _order(span, tuple(stream.lengths), q_THK.device)
     slopes_H = None if scores.slopes_H is None else scores.slopes_H * stretch
@@ -83,10 +83,10 @@ def _order(
     span: Reach, lengths: tuple[int, ...], device: torch.device
 ) -> tuple[Tensor, Tensor, Stream, Span, int]:
     """Where each row of the regrouped stream comes from, where it goes back to, that stream, its span and stretch."""
-    folds = {length: _fold(span, length) for length in {1, *lengths}}
-    starts = [0, *accumulate(lengths)]
-    order_T = torch.cat([folds[length].order_T + start for start, length in zip(starts, lengths, strict=False)])
-    parts = Stream.of_lengths([part for length in lengths for part in folds[length].lengths if part], device)
+    folds = {length: _fold(span, length) for length in {1, *lengths} if length}
+    starts = [end - length for end, length in zip(accumulate(lengths), lengths, strict=True)]
+    order_T = torch.cat([folds[n].order_T + start for start, n in zip(starts, lengths, strict=True) if n])
+    parts = Stream.of_lengths([part for n in lengths if n for part in folds[n].lengths], device)
     return order_T.to(device), order_T.argsort().to(device), parts, folds[1].span, folds[1].stretch
 
 

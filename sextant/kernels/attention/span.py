@@ -106,9 +106,8 @@ class Span(Reach):
         """Tokens of one residue class are neighbours in a sequence of their own; sinks lie across the classes."""
         if self.sinks:
             return None
-        order_T = torch.cat([torch.arange(residue, length, self.dilation) for residue in range(self.dilation)])
-        lengths = [len(range(residue, length, self.dilation)) for residue in range(self.dilation)]
-        return Fold(order_T, lengths, Span(self.window), self.dilation)
+        classes = [torch.arange(first, length, self.dilation) for first in range(min(self.dilation, length))]
+        return Fold(torch.cat(classes), [len(members) for members in classes], Span(self.window), self.dilation)
 
     def may_meet(self, q_first: Tensor, q_last: Tensor, k_first: Tensor, k_last: Tensor) -> Tensor:
         meets = k_first <= q_last
