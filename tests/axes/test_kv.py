@@ -31,6 +31,24 @@ def test_repeated_kv_heads_make_multi_head_attention(groups, pattern):
     close(run(multi, tokens_T, [9]), run(grouped, tokens_T, [9]))
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_joined_projections_give_the_same_and_keep_their_weights(bias):
+    module = GQA(heads=4, kv_heads=2, head_dim=4, bias=bias).build(10, FP32()).double().requires_grad_(False)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter)
+    x_TD, stream = torch.randn(5, 10, dtype=torch.float64), Stream.of_lengths([5])
+    want, kept = module.project(x_TD, stream), {name: value.clone() for name, value in module.state_dict().items()}
+    module.join()
+    got = module.project(x_TD, stream)
+    for g, w in zip((got.q_THK, *got.rows), (want.q_THK, *want.rows), strict=True):
+        close(g, w, 1e-12)
+    assert list(module.state_dict()) == list(kept)
+    assert all(torch.equal(value, kept[name]) for name, value in module.state_dict().items())
+    module.v.weight.zero_()  # a view of the joint matrix: what is loaded into a layer reaches the product
+    values_TGV = module.project(x_TD, stream).v_TGV
+    close(values_TGV, (module.v.bias if bias else torch.zeros(8)).double().expand(5, -1).view_as(values_TGV), 1e-12)
+
+
 @pytest.mark.parametrize("position", params([RoPE(), RoPE(fraction=0.5), NoPE()]))
 @pytest.mark.parametrize("kv", params(kv for kv in examples(TABLE) if isinstance(kv, GQA)))
 def test_projection_by_definition(kv, position):
@@ -41,9 +59,9 @@ def test_projection_by_definition(kv, position):
         torch.nn.init.normal_(parameter)
     x_TD, stream = torch.randn(5, 10, dtype=torch.float64), Stream.of_lengths([5])
 
-    def rows(linear, norm=None):
+    def rows(linear, norm=None, dim=kv.head_dim):
         y_THK = x_TD @ linear.weight.T + (linear.bias if kv.bias else 0)
-        y_THK = y_THK.unflatten(-1, (-1, kv.head_dim))
+        y_THK = y_THK.unflatten(-1, (-1, dim))
         return y_THK if norm is None else norm.gain * y_THK / (y_THK.square().mean(-1, keepdim=True) + 1e-6).sqrt()
 
     want_q, want_k = module.position(rows(module.q, module.q_norm), rows(module.k, module.k_norm), stream)
@@ -51,8 +69,8 @@ def test_projection_by_definition(kv, position):
     q, k, v = heads.q_THK, heads.k_TGK, heads.v_TGV
     close(q, want_q, 1e-12)
     close(k, want_k, 1e-12)
-    close(v, rows(module.v), 1e-12)
-    o_THV = torch.randn(5, kv.heads, kv.head_dim, dtype=torch.float64)
+    close(v, rows(module.v, dim=kv.shape[3]), 1e-12)
+    o_THV = torch.randn(5, kv.heads, kv.shape[3], dtype=torch.float64)
     close(module.output(o_THV, heads), o_THV.flatten(1) @ module.o.weight.T, 1e-12)
 
 
