@@ -8,6 +8,7 @@ from sextant.axes.attention.base import Mixer, Pattern, Selection
 from sextant.axes.attention.bigbird import BigBird
 from sextant.axes.attention.block_local import BlockLocal
 from sextant.axes.attention.dilated import Dilated
+from sextant.axes.attention.dsa import DSA
 from sextant.axes.attention.fixed import Fixed
 from sextant.axes.attention.full import Full
 from sextant.axes.attention.infllm_v2 import InfLLMV2
@@ -21,7 +22,7 @@ from sextant.axes.attention.window import Window
 from sextant.core.table import Row, Table
 
 Static = Full | Window | Dilated | BlockLocal | Strided | Fixed | Longformer | BigBird | MoA | LearnedSink
-AnyAttention = Annotated[Static | MoBA | NSA | InfLLMV2, Field(discriminator="kind")]
+AnyAttention = Annotated[Static | MoBA | NSA | InfLLMV2 | DSA, Field(discriminator="kind")]
 
 TABLE = Table(
     "attention",
@@ -136,10 +137,20 @@ TABLE = Table(
                 InfLLMV2(length=2, stride=1, block=2, top_k=2, initial=0, window=4, dense_len=7),
             ),
         ),
+        Row(
+            DSA,
+            "the tokens that a small trained indexer scores highest, for all heads",
+            "DeepSeek-V3.2; blocks: MiniMax-M3",
+            (
+                DSA(top_k=4, heads=3, head_dim=6, rope_dim=4),
+                DSA(top_k=3, heads=2, head_dim=5, block=2),
+                DSA(top_k=2, heads=2, head_dim=4, rope_dim=4, stage="dense"),
+            ),
+        ),
     ),
 )
 
 __all__ = [
-    "NSA", "TABLE", "AnyAttention", "BigBird", "BlockLocal", "Dilated", "Fixed", "Full", "LearnedSink", "Longformer",
-    "Mixer", "MoA", "MoBA", "Pattern", "Selection", "Strided", "Window",
+    "DSA", "NSA", "TABLE", "AnyAttention", "BigBird", "BlockLocal", "Dilated", "Fixed", "Full", "LearnedSink",
+    "Longformer", "Mixer", "MoA", "MoBA", "Pattern", "Selection", "Strided", "Window",
 ]

@@ -16,7 +16,7 @@ from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from sextant.axes.kv.base import KV, Heads, Projections
 from sextant.axes.kv.position import RoPE, YaRNScaling
@@ -111,19 +111,32 @@ class MLA(KV):
         return self.multiplied_flops(pairs, sum(keys)) < self.absorbed_flops(pairs, sum(queries))
 
 
+class LatentQueries(nn.Module):
+    """Queries of all heads by way of a normalised latent, ``[T, R]`` and ``[T, H K]``."""
+
+    def __init__(self, spec: MLA, rank: int, width: int, numerics: Numerics):
+        super().__init__()
+        self.numerics = numerics
+        self.down = Linear(width, rank, Role.ATTENTION_IN, spec.bias)
+        self.norm = spec.norm.build(rank)
+        self.up = Linear(rank, spec.heads * spec.shape[2], Role.ATTENTION_IN)
+
+    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        latent_TR = self.numerics.lower(self.norm(self.down(x_TD)))
+        return latent_TR, self.up(latent_TR)
+
+
 class MLAModule(Projections):
-    """Projections of one layer, named as in spec deepseek-v3 1.3."""
+    """Projections of one layer; ``kv_a`` and ``kv_b`` as in spec deepseek-v3 1.3."""
 
     def __init__(self, spec: MLA, width: int, numerics: Numerics):
         super().__init__()
         self.spec, self.numerics = spec, numerics
         heads, _, k_dim, v_dim = spec.shape
         if spec.q_rank is None:
-            self.q_a = self.q_norm = None
+            self.q: Linear | LatentQueries = Linear(width, heads * k_dim, Role.ATTENTION_IN)
         else:
-            self.q_a = Linear(width, spec.q_rank, Role.ATTENTION_IN, spec.bias)
-            self.q_norm = spec.norm.build(spec.q_rank)
-        self.q_b = Linear(spec.query_width(width), heads * k_dim, Role.ATTENTION_IN)
+            self.q = LatentQueries(spec, spec.q_rank, width, numerics)
         self.kv_a = Linear(width, spec.rank + spec.rope_dim, Role.ATTENTION_IN, spec.bias)
         self.kv_norm = spec.norm.build(spec.rank)
         self.kv_b = Linear(spec.rank, heads * (spec.nope_dim + v_dim), Role.ATTENTION_IN)
@@ -140,9 +153,8 @@ class MLAModule(Projections):
         read, and for chunks long enough to pay for multiplying their prefix out; absorbed otherwise.
         """
         x_TD = self.numerics.lower(x_TD)
-        queries_TR = self._queries(x_TD)
-        q_THK, row_TGK = self._rotated(self.q_b(queries_TR), self.kv_a(x_TD), stream)
-        latent_TR = None if self.q_a is None else queries_TR
+        latent_TR, q = self.q(x_TD) if isinstance(self.q, LatentQueries) else (None, self.q(x_TD))
+        q_THK, row_TGK = self._rotated(q, self.kv_a(x_TD), stream)
         kept = row_TGK, row_TGK[..., : self.spec.rank]
         if self._absorbs(stream, reads_state):
             return Heads(self._absorbed(q_THK), *kept, latent=True, q_latent_TR=latent_TR)
@@ -155,12 +167,6 @@ class MLAModule(Projections):
             return False
         held = stream.memory.lengths
         return reads_state or (any(held) and not self.spec.multiplies(stream.lengths, held))
-
-    def _queries(self, x_TD: Tensor) -> Tensor:
-        """What queries are projected from: their normalised latents, or the rows themselves."""
-        if self.q_a is None or self.q_norm is None:
-            return x_TD
-        return self.numerics.lower(self.q_norm(self.q_a(x_TD)))
 
     def _rotated(self, q: Tensor, row_TR: Tensor, stream: Stream) -> tuple[Tensor, Tensor]:
         """Queries ``[T, H, K]``, and what is kept of each token: its normalised latent beside the key all heads share,
