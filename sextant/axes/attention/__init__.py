@@ -11,18 +11,21 @@ from sextant.axes.attention.dilated import Dilated
 from sextant.axes.attention.dsa import DSA
 from sextant.axes.attention.fixed import Fixed
 from sextant.axes.attention.full import Full
+from sextant.axes.attention.infllm import InfLLM
 from sextant.axes.attention.infllm_v2 import InfLLMV2
 from sextant.axes.attention.longformer import Longformer
 from sextant.axes.attention.moa import MoA
 from sextant.axes.attention.moba import MoBA
 from sextant.axes.attention.nsa import NSA, MeanPhi, MLPPhi
+from sextant.axes.attention.seer import Budget, Density, Seer, SeerR, Threshold
 from sextant.axes.attention.sink import LearnedSink
 from sextant.axes.attention.strided import Strided
 from sextant.axes.attention.window import Window
+from sextant.axes.stability import RMSNorm
 from sextant.core.table import Row, Table
 
 Static = Full | Window | Dilated | BlockLocal | Strided | Fixed | Longformer | BigBird | MoA | LearnedSink
-AnyAttention = Annotated[Static | MoBA | NSA | InfLLMV2 | DSA, Field(discriminator="kind")]
+AnyAttention = Annotated[Static | MoBA | NSA | InfLLMV2 | DSA | Seer | SeerR | InfLLM, Field(discriminator="kind")]
 
 TABLE = Table(
     "attention",
@@ -147,10 +150,41 @@ TABLE = Table(
                 DSA(top_k=2, heads=2, head_dim=4, rope_dim=4, stage="dense"),
             ),
         ),
+        Row(
+            InfLLM,
+            "sinks, a window, and far blocks found by their most attended keys; not trained",
+            "2402.04617",
+            (
+                InfLLM(block=2, sinks=2, window=4, top_k=2, representatives=1, per="all"),
+                InfLLM(block=3, sinks=0, window=3, top_k=1, representatives=2, per="head"),
+                InfLLM(block=2, sinks=4, window=1, top_k=3, representatives=2, per="head"),
+            ),
+        ),
+        Row(
+            Seer,
+            "blocks chosen by a gate that learns from full attention; one gate per head, for prompts",
+            "2410.13276",
+            (
+                Seer(block=3, pool="none", rule=Budget(tokens=6)),
+                Seer(block=2, pool="none", width=4, rule=Threshold(share=0.2)),
+                Seer(block=4, pool="none", rule=Density(share=0.5)),
+                Seer(block=3, rule=Budget(tokens=4096)),  # reads all: what its pooled queries choose is not causal
+            ),
+        ),
+        Row(
+            SeerR,
+            "blocks chosen by a gate that learns from full attention; one gate per KV group, for decoding",
+            "2506.08889",
+            (
+                SeerR(block=3, width=6, rule=Budget(tokens=6)),
+                SeerR(block=2, width=4, qk_norm=RMSNorm(), rule=Threshold(share=0.25)),
+            ),
+        ),
     ),
 )
 
 __all__ = [
-    "DSA", "NSA", "TABLE", "AnyAttention", "BigBird", "BlockLocal", "Dilated", "Fixed", "Full", "LearnedSink",
-    "Longformer", "Mixer", "MoA", "MoBA", "Pattern", "Selection", "Strided", "Window",
+    "DSA", "NSA", "TABLE", "AnyAttention", "BigBird", "BlockLocal", "Dilated", "Fixed", "Full", "InfLLM",
+    "LearnedSink", "Longformer", "Mixer", "MoA", "MoBA", "Pattern", "Seer", "SeerR", "Selection", "Strided",
+    "Window",
 ]

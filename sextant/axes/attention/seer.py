@@ -24,6 +24,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from sextant.axes.attention.base import Attention, SelectingPattern, Selection, Sequence, evened, sequences
+from sextant.axes.attention.rows import Rows, uncoded
 from sextant.axes.kv import GQA
 from sextant.axes.kv.base import KV, Heads
 from sextant.axes.kv.position import RoPE, turned
@@ -269,49 +270,6 @@ class SeerR(GatedPattern):
         return self.qk_norm
 
 
-@dataclass(frozen=True)
-class Rows:
-    """The queries of one sequence of a step, by those that choose as one; the grid starts with the sequence.
-
-    Attributes:
-        row_T: number of the row that each query belongs to.
-        place_N: place of each row's first token in the sequence.
-        block_N: block of each row.
-        last: block of the newest token.
-    """
-
-    row_T: Tensor
-    place_N: Tensor
-    block_N: Tensor
-    last: int
-
-    @classmethod
-    def of(cls, own: Sequence, size: int, block: int) -> Rows:
-        place_T = torch.arange(own.first, len(own.k_SGK), device=own.k_SGK.device)
-        row_T = place_T // size - own.first // size
-        place_N = torch.arange(own.first // size, (len(own.k_SGK) - 1) // size + 1, device=row_T.device) * size
-        return cls(row_T, place_N, place_N // block, (len(own.k_SGK) - 1) // block)
-
-    @property
-    def count_N(self) -> Tensor:
-        """Queries of each row."""
-        return torch.bincount(self.row_T)
-
-    def mean(self, x_THK: Tensor) -> Tensor:
-        """``[N, H, K]``, over the queries of each row."""
-        sums_NHK = x_THK.new_zeros(len(self.place_N), *x_THK.shape[1:]).index_add(0, self.row_T, x_THK)
-        return sums_NHK / self.count_N[:, None, None]
-
-    def largest(self, x_THM: Tensor) -> Tensor:
-        """``[N, H, M]``, over the queries of each row; x is not negative."""
-        peaks_NHM = x_THM.new_zeros(len(self.place_N), *x_THM.shape[1:])
-        return peaks_NHM.index_reduce(0, self.row_T, x_THM, "amax")
-
-    def past(self, blocks: int) -> Tensor:
-        """bool ``[N, 1, M]``: the candidates among so many complete blocks."""
-        return (torch.arange(blocks, device=self.block_N.device) < self.block_N[:, None])[:, None]
-
-
 class Gate(nn.Module):
     """Scores of blocks. Everything fp32, or fp64 when given fp64."""
 
@@ -363,7 +321,7 @@ class SeerAttention(Attention):
         if self.training and state is None:
             return self._distil(heads, stream, scores)
         keys = plain = gates = None
-        plain_TGK = _plain(heads.plain_k_TGK).to(heads.v_TGV.dtype)
+        plain_TGK = uncoded(heads.plain_k_TGK).to(heads.v_TGV.dtype)
         if isinstance(state, JointState):
             keys, plain = state.part("keys", RowState), state.part("plain", RowState)
             gates = state.part("gates", BlockState)
@@ -372,7 +330,7 @@ class SeerAttention(Attention):
         outputs, chosen = [heads.v_TGV.new_empty(0, heads.q_THK.shape[1], heads.v_TGV.shape[2])], []
         for own in sequences(heads, stream, keys):
             plain_SGK = plain_TGK[own.here] if plain is None else plain.sequence(own.index)[0]
-            blocks_THJ = self._choose(own, _plain(heads.plain_q_THK)[own.here], plain_SGK, gates)
+            blocks_THJ = self._choose(own, uncoded(heads.plain_q_THK)[own.here], plain_SGK, gates)
             outputs.append(attend_selected(own.q_THK, own.k_SGK, own.v_SGV, blocks_THJ, self.spec.block, scores)[0])
             chosen.append(blocks_THJ)
         return torch.cat(outputs), Selection(evened(chosen), self.spec.block)
@@ -394,9 +352,9 @@ class SeerAttention(Attention):
         spec, losses, chosen = self.spec, [heads.v_TGV.new_zeros((), dtype=self.gate.key_HDR.dtype)], []
         for own in sequences(heads, stream, None):
             rows, whole = Rows.of(own, spec.rows, spec.block), len(own.k_SGK) // spec.block * spec.block
-            plain_SGK = _plain(heads.plain_k_TGK)[own.here][:whole].detach().to(heads.v_TGV.dtype)
+            plain_SGK = uncoded(heads.plain_k_TGK)[own.here][:whole].detach().to(heads.v_TGV.dtype)
             keys_MHR = self.gate.keys(plain_SGK, spec.block, 0)
-            scores_NHM = self.gate(_plain(heads.plain_q_THK)[own.here].detach(), rows, keys_MHR)
+            scores_NHM = self.gate(uncoded(heads.plain_q_THK)[own.here].detach(), rows, keys_MHR)
             truth_THM = block_truth(own.q_THK, own.k_SGK, spec.block, scores)[..., : len(keys_MHR)]
             losses.append(self._loss(scores_NHM, self._target(truth_THM, rows), rows))
             chosen.append(self._pick(scores_NHM.detach(), rows))
@@ -428,10 +386,3 @@ class SeerAttention(Attention):
         own_NH1 = rows.block_N[:, None, None].expand(-1, scores_NHM.shape[1], 1)
         chosen_NHJ = torch.cat([own_NH1, order_NHM.where(kept_NHM, -1)[..., :places]], dim=-1)
         return chosen_NHJ[rows.row_T]
-
-
-def _plain(rows: Tensor | None) -> Tensor:
-    """Rows before their position code; :meth:`GatedPattern.clashes` refuses where there are none."""
-    if rows is None:
-        raise ValueError("this KV option gives no rows before their position code")
-    return rows
