@@ -12,6 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+SCORES_AT_ONCE = 2**22
+"""Scores of queries and blocks that exist at a time."""
+
 
 def block_means(k_SGK: Tensor, block: int, start: int, stop: int) -> Tensor:
     """Mean keys of the complete blocks ``start`` to ``stop - 1``, ``[M, G, K]`` in fp32 (fp64 for fp64)."""
@@ -32,11 +35,17 @@ def top_blocks(
     Returns:
         int64 ``[T, H or G, top_k]``: the current block, then the others from the best on, -1 where the past is short.
     """
-    groups = means_MGK.shape[1]
-    q_TGNK = q_THK.to(means_MGK.dtype).unflatten(1, (groups, -1))
+    rows = max(1, SCORES_AT_ONCE // max(1, len(means_MGK) * q_THK.shape[1]))
+    chosen = []
+    for at, q in zip(range(first, first + len(q_THK), rows), q_THK.split(rows), strict=True):
+        chosen.append(choose(_block_scores(q, means_MGK, together), at, block, top_k, previous))
+    return torch.cat(chosen)
+
+
+def _block_scores(q_THK: Tensor, means_MGK: Tensor, together: bool) -> Tensor:
+    q_TGNK = q_THK.to(means_MGK.dtype).unflatten(1, (means_MGK.shape[1], -1))
     scores_TGNM = torch.einsum("tgnk,mgk->tgnm", q_TGNK, means_MGK)
-    scores_THM = scores_TGNM.sum(2) if together else scores_TGNM.flatten(1, 2)
-    return choose(scores_THM, first, block, top_k, previous)
+    return scores_TGNM.sum(2) if together else scores_TGNM.flatten(1, 2)
 
 
 def choose(
@@ -54,8 +63,7 @@ def choose(
         forced_TM = (back_TM > 0) & ((back_TM <= previous) | (torch.arange(count, device=back_TM.device) < initial))
         scores_THM = scores_THM.masked_fill(forced_TM[:, None], math.inf)
     taken = min(top_k - 1, count)
-    best_THJ, blocks_THJ = scores_THM.sort(dim=-1, descending=True, stable=True)
-    blocks_THJ = blocks_THJ[..., :taken].masked_fill(best_THJ[..., :taken] == -math.inf, -1)
+    blocks_THJ = best(scores_THM, taken)
     current_TH1 = current_T[:, None, None].expand(-1, heads, 1)
     short_THJ = blocks_THJ.new_full((tokens, heads, top_k - 1 - taken), -1)
     return torch.cat([current_TH1, blocks_THJ, short_THJ], dim=-1)
@@ -80,3 +88,22 @@ def selected_keys(tokens: int, block: int, top_k: int) -> int:
     blocks, rest = divmod(tokens, block)
     own = blocks * block * (block + 1) // 2 + rest * (rest + 1) // 2
     return own + block * past_blocks(tokens, block, top_k - 1)
+
+
+def best(scores_THM: Tensor, count: int) -> Tensor:
+    """Places of the ``count`` best scores from the best on, int64 ``[T, H, count]``; a tie goes to the lower place.
+
+    Minus infinity is never chosen: -1 stands there.
+    """
+    if scores_THM.dtype != torch.float32:
+        best_THJ, places_THJ = (x[..., :count] for x in scores_THM.sort(dim=-1, descending=True, stable=True))
+        return places_THJ.masked_fill(best_THJ == -math.inf, -1)
+    places = scores_THM.shape[-1]
+    # One integer of the score's bits and, below them, the place from the end: no two are equal, so no tie is left to
+    # topk, whose rule differs between devices. Bits of negative floats order backwards; -0 is to equal 0.
+    bits_THM = (scores_THM + 0.0).view(torch.int32)
+    bits_THM ^= (bits_THM >> 31) & 0x7FFFFFFF
+    from_end_M = torch.arange(places - 1, -1, -1, device=scores_THM.device)
+    keys_THJ = torch.add(from_end_M, bits_THM.long(), alpha=2**32).topk(count, dim=-1)[0]
+    lowest = -0x7F800001  # these bits are those of minus infinity
+    return (places - 1 - (keys_THJ & 0xFFFFFFFF)).masked_fill((keys_THJ >> 32) == lowest, -1)

@@ -1,7 +1,4 @@
-"""Attention over chosen blocks of keys: block-sparse, causal inside, one choice per query and head (or group, or all).
-
-The reference is a dense mask. The blocked path has work and memory that grow with what was chosen.
-"""
+"""Attention over chosen blocks by a dense mask: the truth for the paths whose work grows with what was chosen."""
 
 from __future__ import annotations
 
@@ -12,27 +9,10 @@ from sextant.kernels.attention.reference import attend_dense
 from sextant.kernels.attention.span import Scores
 
 
-def attend_selected(
-    q_THK: Tensor, k_SGK: Tensor, v_SGV: Tensor, blocks_THJ: Tensor, block: int, scores: Scores
-) -> tuple[Tensor, Tensor]:
-    """Softmax attention of the last T tokens of one sequence over the chosen blocks of its S tokens.
-
-    Query t is token ``S - T + t``; it reads key s when ``s // block`` is among its blocks and s is not after it.
-
-    Args:
-        blocks_THJ: int64 block numbers, no number twice, -1 for none; the second axis is H, G or 1.
-        block: tokens of a block, counted from the sequence's first token.
-
-    Returns:
-        ``o_THV`` in the dtype of ``v`` (0 for a query that reads nothing) and ``lse_HT`` in fp32 or fp64.
-    """
-    return attend_selected_reference(q_THK, k_SGK, v_SGV, blocks_THJ, block, scores)
-
-
 def attend_selected_reference(
     q_THK: Tensor, k_SGK: Tensor, v_SGV: Tensor, blocks_THJ: Tensor, block: int, scores: Scores
 ) -> tuple[Tensor, Tensor]:
-    """:func:`attend_selected` by a dense mask, ``T x S`` work: the truth, forward and backward."""
+    """:func:`~sextant.kernels.attention.selected.attend_selected` by a dense mask: ``T x S`` work and memory."""
     first = len(k_SGK) - len(q_THK)
     distance_TS = torch.arange(first, len(k_SGK), device=q_THK.device)[:, None] - torch.arange(
         len(k_SGK), device=q_THK.device

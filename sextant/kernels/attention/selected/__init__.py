@@ -1,0 +1,64 @@
+"""Attention over chosen blocks of keys: block-sparse, causal inside, one choice per query and head (or group, or all).
+
+Work and memory grow with what was chosen, not with T x S. Short sequences go through the dense reference, where that is
+faster; so does what a compiler traces, which follows plain operations best.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sextant.kernels.attention.parts import Parts, attend_parts
+from sextant.kernels.attention.selected.cut import Choice, Inverted, by_blocks, by_queries
+from sextant.kernels.attention.selected.reference import attend_selected_reference, selected_mask
+from sextant.kernels.attention.span import Scores
+
+__all__ = ["attend_selected", "attend_selected_reference", "selected_mask"]
+
+DENSE_PAIRS = 2**16
+"""Pairs of query and key below which a dense mask is faster, measured on a CPU."""
+
+SMALL_BLOCK = 16
+FEW_QUERIES = 32
+"""Smaller blocks, or fewer queries: each query gathers its own keys."""
+
+
+def attend_selected(
+    q_THK: Tensor, k_SGK: Tensor, v_SGV: Tensor, blocks_THJ: Tensor, block: int, scores: Scores
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention of the last T tokens of one sequence over the chosen blocks of its S tokens.
+
+    Query t is token ``S - T + t``; it reads key s when ``s // block`` is among its blocks and s is not after it.
+
+    Args:
+        blocks_THJ: int64 block numbers, no number twice, -1 for none; the second axis is H, G or 1.
+        block: tokens of a block, counted from the sequence's first token.
+
+    Returns:
+        ``o_THV`` in the dtype of ``v`` (0 for a query that reads nothing) and ``lse_HT`` in fp32 or fp64; both have
+        gradients for q, k and v.
+    """
+    dense = len(q_THK) * len(k_SGK) <= DENSE_PAIRS and len(k_SGK) <= 4 * block * blocks_THJ.shape[2]
+    if dense or torch.compiler.is_compiling():
+        return attend_selected_reference(q_THK, k_SGK, v_SGV, blocks_THJ, block, scores)
+    return attend_selected_sparse(q_THK, k_SGK, v_SGV, blocks_THJ, block, scores)
+
+
+def attend_selected_sparse(
+    q_THK: Tensor, k_SGK: Tensor, v_SGV: Tensor, blocks_THJ: Tensor, block: int, scores: Scores
+) -> tuple[Tensor, Tensor]:
+    """:func:`attend_selected` by parts, of whatever length."""
+    choice = Choice(blocks_THJ, block, len(k_SGK), q_THK.shape[1], k_SGK.shape[1])
+    width = (k_SGK.shape[2] + v_SGV.shape[2]) * max(4, k_SGK.element_size())
+    gathers = block < SMALL_BLOCK or len(q_THK) < FEW_QUERIES
+    return attend_parts(q_THK, k_SGK, v_SGV, _gathered(choice, width) if gathers else _inverted(choice), scores)
+
+
+def _gathered(choice: Choice, width: int) -> Parts:
+    return lambda: by_queries(choice, width)
+
+
+def _inverted(choice: Choice) -> Parts:
+    inverted = Inverted.of(choice)
+    return lambda: by_blocks(inverted)
