@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sextant.axes.numerics import AnyNumerics
-from sextant.axes.stability import Linear, Role, roles
+from sextant.axes.stability import Joins, Linear, Role, roles
 from sextant.core import tensorfile
 from sextant.core.errors import CheckpointError, UsageError
 from sextant.core.state import Memory
@@ -248,21 +248,28 @@ def load(
 
 
 def lower_weights(model: Transformer) -> Transformer:
+    """Freeze a model for decoding: matrices in the compute dtype, and one product where several read the same rows."""
+    model.requires_grad_(False)
+    if model.numerics.compute is not None:
+        _cast_products(model, model.numerics.compute)
+    for module in list(model.modules()):
+        if isinstance(module, Joins):
+            module.join()
+    return model
+
+
+def _cast_products(model: Transformer, dtype: torch.dtype) -> None:
     """Cast the matrices that products cast anyway, once; embedding, router, norms and biases stay as they are.
 
     A tied model gets a head of its own, because rows are looked up in fp32 and multiplied in the compute dtype.
     """
-    dtype = model.numerics.compute
-    if dtype is None:
-        return model.requires_grad_(False)
     if model.head is None:
         model.head = Linear(model.spec.width, model.spec.vocab, Role.HEAD)
-        model.head.weight = nn.Parameter(model.embedding.weight.detach())
+        model.head.weight = nn.Parameter(model.embedding.weight.detach(), requires_grad=False)
     names = {name for name, role in roles(model).items() if role in _PRODUCTS}
-    for name, parameter in model.requires_grad_(False).named_parameters():
+    for name, parameter in model.named_parameters():
         if name in names:
             parameter.data = parameter.data.to(dtype)
-    return model
 
 
 _PRODUCTS = {Role.HEAD, Role.ATTENTION_IN, Role.ATTENTION_OUT, Role.FF_IN, Role.FF_OUT}

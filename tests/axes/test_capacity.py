@@ -101,6 +101,30 @@ def test_few_tokens(spec, tokens):
     close(module(x_TD[:tokens])[0], module(x_TD)[0][:tokens], 1e-12)
 
 
+@pytest.mark.parametrize("little", [0, 1 << 21])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 13])
+@pytest.mark.parametrize("spec", ROUTED)
+def test_the_ways_without_gradients_equal_training(spec, tokens, little, monkeypatch):
+    """Each copy by itself, all experts on all rows, sorted rows: chosen by counts, the same rows come out."""
+    monkeypatch.setattr("sextant.axes.capacity.experts.LITTLE", little)
+    module, x_TD = build(spec), rows()[:tokens]
+    with torch.no_grad():
+        y_TD, routing = module(x_TD)
+    close(y_TD, module(x_TD)[0].detach(), 1e-12)
+    assert torch.equal(routing.experts_TA, module(x_TD)[1].experts_TA)
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+def test_a_joined_layer_gives_the_same_and_keeps_its_weights(activation):
+    module, x_TD = build(Dense(hidden=5, activation=activation)).requires_grad_(False), rows()
+    want, names = module(x_TD)[0], list(module.state_dict())
+    module.join()
+    close(module(x_TD)[0], want, 1e-12)
+    assert list(module.state_dict()) == names
+    module.up.weight.mul_(2)  # a view of the joint matrix: what is loaded into a layer reaches the product
+    close(module(x_TD)[0], 2 * want if activation == "swiglu" else module.down(F.gelu(module.up(x_TD))), 1e-12)
+
+
 @pytest.mark.parametrize("spec", ROUTED)
 def test_unused_experts_get_a_zero_gradient(spec):
     """Every token alike: the chosen experts take all, the others get zeros, not None and not NaN."""

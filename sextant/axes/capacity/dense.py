@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sextant.axes.capacity.activation import Activation, activate, is_gated
 from sextant.axes.capacity.base import FeedForward
 from sextant.axes.numerics import Numerics
-from sextant.axes.stability import Linear, Role
+from sextant.axes.stability import Joined, Linear, Role
 from sextant.core.cost import At, Cost
 
 
@@ -39,9 +39,16 @@ class DenseModule(nn.Module):
         self.gate = Linear(width, spec.hidden, Role.FF_IN) if is_gated(spec.activation) else None
         self.up = Linear(width, spec.hidden, Role.FF_IN)
         self.down = Linear(spec.hidden, width, Role.FF_OUT)
+        self.joined: Joined | None = None
+
+    def join(self) -> None:
+        """Gate and value by one product from now on."""
+        if self.gate is not None:
+            self.joined = Joined((self.gate, self.up))
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, None]:
         x_TD = self.numerics.lower(x_TD)
         if self.gate is None:
             return self.down(activate(self.spec.activation, self.up(x_TD))), None
-        return self.down(activate(self.spec.activation, self.gate(x_TD), self.up(x_TD))), None
+        gate, value = (self.gate(x_TD), self.up(x_TD)) if self.joined is None else self.joined(x_TD)
+        return self.down(activate(self.spec.activation, gate, value)), None

@@ -22,6 +22,9 @@ from sextant.core.cost import At, Cost
 from sextant.kernels.grouped import grouped_linear, grouped_swiglu, row_linear, row_tile
 from sextant.kernels.permute import combine, dispatch, plan
 
+LITTLE = 1 << 21
+"""Multiply-adds of one expert that cost a CPU less than sorting rows and a call for each expert do."""
+
 
 class Experts(FeedForward):
     """E experts of width ``hidden``, of which a token meets ``router.top_k``, and ``shared`` hidden units for all."""
@@ -94,19 +97,23 @@ class ExpertsModule(nn.Module):
     def routed(self, x_TD: Tensor, routing: Routing) -> Tensor:
         """Dispatch, experts, combine: fp32 ``[T, D]``."""
         gates_TA = self.spec.overflow.admit(routing)
-        copies = routing.experts_TA.numel()
-        if copies <= self.spec.experts and x_TD.device.type == "cpu" and not torch.is_grad_enabled():
-            return self._few(x_TD, routing.experts_TA, gates_TA)
-        where = plan(routing.experts_TA, self.spec.experts, row_tile(x_TD, copies))
+        if x_TD.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            y_TAD = self._few(x_TD, routing.experts_TA)
+            if y_TAD is not None:
+                return torch.linalg.vecdot(y_TAD.to(gates_TA.dtype), gates_TA[..., None], dim=1)
+        where = plan(routing.experts_TA, self.spec.experts, row_tile(x_TD, routing.experts_TA.numel()))
         rows_ND = dispatch(x_TD, where, self.spec.router.top_k)
         return combine(self.experts(rows_ND, where.counts_E), gates_TA, where)
 
-
-    def _few(self, x_TD: Tensor, experts_TA: Tensor, gates_TA: Tensor) -> Tensor:
-        """No more copies than experts, as in a decoding step: each row by itself, without sorting."""
-        rows_ND = x_TD.repeat_interleave(experts_TA.shape[1], dim=0)
-        y_TAD = self.experts.each(rows_ND, experts_TA.flatten().tolist()).unflatten(0, gates_TA.shape)
-        return torch.linalg.vecdot(y_TAD.to(gates_TA.dtype), gates_TA[..., None], dim=1)
+    def _few(self, x_TD: Tensor, experts_TA: Tensor) -> Tensor | None:
+        """Without sorting: all experts on all rows, or each copy by itself, where that is faster; else None."""
+        experts, copies = self.spec.experts, experts_TA.numel()
+        if 2 * copies > experts and len(x_TD) * self.experts.weights <= LITTLE:
+            return self.experts.all(x_TD)[experts_TA, torch.arange(len(x_TD))[:, None]]
+        if copies <= experts:
+            rows_ND = x_TD.repeat_interleave(experts_TA.shape[1], dim=0)
+            return self.experts.each(rows_ND, experts_TA.flatten().tolist()).unflatten(0, experts_TA.shape)
+        return None
 
 
 class ExpertStack(nn.Module):
@@ -121,6 +128,11 @@ class ExpertStack(nn.Module):
         self.up_EDF = nn.Parameter(torch.empty(spec.experts, width, halves * spec.hidden))
         self.down_EFD = nn.Parameter(torch.empty(spec.experts, spec.hidden, width))
 
+    @property
+    def weights(self) -> int:
+        """Of one expert."""
+        return self.up_EDF[0].numel() + self.down_EFD[0].numel()
+
     def forward(self, x_ND: Tensor, counts_E: Tensor) -> Tensor:
         if self.activation == "swiglu":
             return grouped_swiglu(x_ND, self.up_EDF, self.down_EFD, counts_E)
@@ -129,6 +141,11 @@ class ExpertStack(nn.Module):
     def each(self, x_ND: Tensor, experts: list[int]) -> Tensor:
         """Rows in any order, each with its expert's number; keeps no gradient."""
         return row_linear(self._activate(row_linear(x_ND, self.up_EDF, experts)), self.down_EFD, experts)
+
+    def all(self, x_TD: Tensor) -> Tensor:
+        """Every row by every expert, ``[E, T, D]``."""
+        x_ETD = x_TD.expand(len(self.up_EDF), -1, -1)
+        return torch.bmm(self._activate(torch.bmm(x_ETD, self.up_EDF.to(x_TD.dtype))), self.down_EFD.to(x_TD.dtype))
 
     def _activate(self, h_NF: Tensor) -> Tensor:
         gate_NF, value_NF = h_NF.chunk(2, dim=-1) if is_gated(self.activation) else (h_NF, None)

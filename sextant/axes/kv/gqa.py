@@ -14,7 +14,7 @@ from torch import Tensor
 from sextant.axes.kv.base import KV, Heads, Projections
 from sextant.axes.kv.position import AnyPosition, RoPE
 from sextant.axes.numerics import Numerics
-from sextant.axes.stability import AnyNorm, Linear, Role
+from sextant.axes.stability import AnyNorm, Joined, Linear, Role
 from sextant.core.cost import At, Cost
 from sextant.core.stream import Stream
 from sextant.kernels.attention import Scores
@@ -73,9 +73,14 @@ class GQAModule(Projections):
         self.k = Linear(width, kv_width, Role.ATTENTION_IN, spec.bias)
         self.v = Linear(width, kv_width, Role.ATTENTION_IN, spec.bias)
         self.o = Linear(q_width, width, Role.ATTENTION_OUT)
+        self.joined: Joined | None = None
         self.q_norm = spec.qk_norm.build(spec.head_dim) if spec.qk_norm else None
         self.k_norm = spec.qk_norm.build(spec.head_dim) if spec.qk_norm else None
         self.position = spec.position.build(spec.heads, spec.head_dim)
+
+    def join(self) -> None:
+        """Queries, keys and values by one product from now on."""
+        self.joined = Joined((self.q, self.k, self.v))
 
     @property
     def scores(self) -> Scores:
@@ -87,7 +92,8 @@ class GQAModule(Projections):
         """Queries of H heads, keys and values of G heads."""
         x_TD = self.numerics.lower(x_TD)
         per_head = (-1, self.spec.head_dim)
-        q, k, v = (projection(x_TD).unflatten(-1, per_head) for projection in (self.q, self.k, self.v))
+        parts = (self.q(x_TD), self.k(x_TD), self.v(x_TD)) if self.joined is None else self.joined(x_TD)
+        q, k, v = (part.unflatten(-1, per_head) for part in parts)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         turned_q, turned_k = self.position(q, k, stream)

@@ -1,7 +1,7 @@
 """Axis 5, stability: how does the network start and stay calm?"""
 
 from sextant.axes.stability.init import AnyInit, DepthScaledInit, NormalInit, initialise
-from sextant.axes.stability.linear import Embedding, Linear, Role, roles
+from sextant.axes.stability.linear import Embedding, Joined, Joins, Linear, Role, roles
 from sextant.axes.stability.norm import AnyNorm, LayerNorm, RMSNorm
 from sextant.axes.stability.residual import AnyResidual, PostNorm, PreNorm, SandwichNorm
 from sextant.core.table import Row, Table
@@ -40,6 +40,7 @@ INITS = Table(
 )
 
 __all__ = [
-    "INITS", "NORMS", "TABLE", "AnyInit", "AnyNorm", "AnyResidual", "DepthScaledInit", "Embedding", "LayerNorm",
-    "Linear", "NormalInit", "PostNorm", "PreNorm", "RMSNorm", "Role", "SandwichNorm", "initialise", "roles",
+    "INITS", "NORMS", "TABLE", "AnyInit", "AnyNorm", "AnyResidual", "DepthScaledInit", "Embedding", "Joined", "Joins",
+    "LayerNorm", "Linear", "NormalInit", "PostNorm", "PreNorm", "RMSNorm", "Role", "SandwichNorm", "initialise",
+    "roles",
 ]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import StrEnum
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +40,43 @@ class Linear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]} -> {self.weight.shape[0]}, {self.role}"
+
+
+class Joined(nn.Module):
+    """Linear layers of one input as one product: few rows cost little more than the call.
+
+    The layers' weights become views of the joint matrix, so nothing is stored twice and checkpoints look the same. For
+    frozen weights: an optimiser would hold the layers' own.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, parts: Sequence[Linear]):
+        super().__init__()
+        self.widths = [len(part.weight) for part in parts]
+        biases = [part.bias.detach() for part in parts if part.bias is not None]
+        self.register_buffer("weight", torch.cat([part.weight.detach() for part in parts]), persistent=False)
+        self.register_buffer("bias", torch.cat(biases) if biases else None, persistent=False)
+        for part, rows in zip(parts, self.weight.split(self.widths), strict=True):
+            part.weight.data = rows
+        if self.bias is not None:
+            for part, values in zip(parts, self.bias.split(self.widths), strict=True):
+                part.bias.data = values  # type: ignore[union-attr]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """What each layer gives, as views of one tensor."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias).split(self.widths, dim=-1)
+
+
+@runtime_checkable
+class Joins(Protocol):
+    """A module with linear layers that read the same rows."""
+
+    def join(self) -> None:
+        """Make one product of them from now on; their weights must be frozen."""
+        ...
 
 
 class Embedding(nn.Module):
