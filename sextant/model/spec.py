@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import cycle, islice
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from pydantic import Field, model_validator
@@ -18,6 +18,7 @@ from sextant.core.cost import At, Cost
 from sextant.core.errors import UsageError
 from sextant.core.spec import Spec
 from sextant.core.state import StateSpec
+from sextant.model.schedule import scheduled
 
 if TYPE_CHECKING:
     from sextant.model.transformer import Transformer
@@ -80,6 +81,8 @@ class ModelSpec(Spec):
         tied: one matrix for embedding and head.
         embedding_scale: multiplies embedding rows (Gemma: sqrt(D)).
         softcap: logits become ``cap * tanh(logits / cap)``.
+        schedule: says what the layers attend with, such as ``(5*window512+1*full)*10``, in place of what they say
+            themselves; read once, so it is None in a finished declaration.
     """
 
     schema_version: Literal[1] = 1
@@ -93,6 +96,12 @@ class ModelSpec(Spec):
     embedding_scale: float = Field(default=1.0, gt=0)
     softcap: float | None = Field(default=None, gt=0)
     init: AnyInit = NormalInit()
+    schedule: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _scheduled(cls, data: Any) -> Any:
+        return scheduled(data)
 
     def build(
         self, numerics: Numerics | None = None, *, device: torch.device | str = "cpu", seed: int = 0

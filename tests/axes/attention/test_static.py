@@ -298,7 +298,7 @@ def test_learned_sink_is_one_more_key_of_no_value():
 def test_a_sink_that_nobody_looks_at_changes_nothing(pattern, plain):
     layer = Layer.parse({"attention": pattern, "kv": PLAIN, "feed_forward": DENSE})
     model, tokens_T = model_spec(layer, layer).build(seed=3).double().eval(), random_tokens(11)
-    weights = {key: value for key, value in built(plain).state_dict().items()}
+    weights = built(plain).state_dict()
     sinks = {key: torch.full_like(value, -60.0) for key, value in model.state_dict().items() if "sinks_H" in key}
     assert len(sinks) == 2
     model.load_state_dict({**weights, **sinks})
