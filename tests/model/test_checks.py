@@ -3,7 +3,19 @@
 import pytest
 from cases import model_spec
 
-from sextant.axes.attention import Full, MoBA, Window
+from sextant.axes.attention import (
+    BigBird,
+    BlockLocal,
+    Dilated,
+    Fixed,
+    Full,
+    LearnedSink,
+    Longformer,
+    MoA,
+    MoBA,
+    Strided,
+    Window,
+)
 from sextant.axes.capacity import Dense
 from sextant.axes.kv import GQA, ALiBi
 from sextant.axes.stability import SandwichNorm
@@ -54,6 +66,58 @@ CLASHES = {
     ),
 }
 """More pairs that a pattern refuses, each in its own words."""
+
+ALIBI, ONE_GROUP = GOOD.kv.replace(position=ALiBi()), GOOD.kv.replace(kv_heads=1)
+STATIC_CLASHES = {
+    "a dilated window beyond the context": (
+        GOOD.replace(attention=Dilated(window=2049, dilation=2)),
+        ["attention.window", "2049 keys at distance 2 take 4097 tokens", "smaller window or dilation"],
+    ),
+    "a local block beyond the context": (
+        GOOD.replace(attention=BlockLocal(block=4097)), ["attention.block", "block 4097 exceeds", "kind: full"],
+    ),
+    "a stride beyond the context": (
+        GOOD.replace(attention=Strided(stride=4097)), ["attention.stride", "stride 4097 exceeds", "smaller stride"],
+    ),
+    "strides split over one group": (
+        GOOD.replace(attention=Strided(stride=4), kv=ONE_GROUP),
+        ["attention.heads", "split needs two KV heads", "Use heads: merged"],
+    ),
+    "columns split over one group": (
+        GOOD.replace(attention=Fixed(block=8), kv=ONE_GROUP),
+        ["attention.heads", "split needs two KV heads", "Use heads: merged"],
+    ),
+    "columns of blocks that never end": (
+        GOOD.replace(attention=Fixed(block=4097)), ["attention.block", "no column would ever be read"],
+    ),
+    "more dilated groups than there are": (
+        GOOD.replace(attention=Longformer(window=4, dilation=2, dilated=3)),
+        ["attention.dilated", "3 groups are dilated, and there are 2", "Dilate fewer"],
+    ),
+    "a window that reaches beyond the context": (
+        GOOD.replace(attention=Longformer(window=2049, dilation=2, dilated=1)),
+        ["attention.window", "reaches over 4097 tokens"],
+    ),
+    "global tokens that fade": (
+        GOOD.replace(attention=Longformer(window=4, global_tokens=2), kv=ALIBI),
+        ["attention.global_tokens", "ALiBi fades the first 2 tokens", "set global_tokens to 0"],
+    ),
+    "blocks that are all read": (
+        GOOD.replace(attention=BigBird(block=513)), ["attention.block", "8 blocks of 513 exceed", "kind: full"],
+    ),
+    "spans for other heads": (
+        GOOD.replace(attention=MoA(alpha=(64,), beta=(0.5,))),
+        ["attention.alpha", "1 spans for 2 KV heads", "one alpha and one beta for each"],
+    ),
+    "sinks of spans that fade": (
+        GOOD.replace(attention=MoA(alpha=(64, 64), beta=(0.5, 0.5)), kv=ALIBI),
+        ["attention.sinks", "ALiBi fades the first 64 tokens"],
+    ),
+    "a window with a learned sink beyond the context": (
+        GOOD.replace(attention=LearnedSink(window=4097)), ["attention.window", "window 4097 exceeds"],
+    ),
+}
+CLASHES |= STATIC_CLASHES
 
 
 @pytest.mark.parametrize("case", CLASHES)

@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from sextant.axes.attention.static import StaticPattern
+from sextant.axes.attention.static import StaticPattern, fading
 from sextant.axes.kv.base import KV
 from sextant.kernels.attention import Reach, Span
 
@@ -39,6 +39,7 @@ class Longformer(StaticPattern):
         return (near,) * (kv.shape[1] - self.dilated) + (far,) * self.dilated
 
     def clashes(self, kv: KV, context: int) -> Iterator[tuple[str, str, str]]:
+        yield from fading(kv, "global_tokens", self.global_tokens)
         if self.dilated > kv.shape[1]:
             what = f"{self.dilated} groups are dilated, and there are {kv.shape[1]} KV heads"
             yield "attention.dilated", what, "Dilate fewer, or use more KV heads"

@@ -16,7 +16,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from sextant.axes.attention.static import StaticPattern
+from sextant.axes.attention.static import StaticPattern, fading
 from sextant.axes.kv.base import KV
 from sextant.kernels.attention import Reach, Span
 from sextant.kernels.attention.span import causal
@@ -54,6 +54,7 @@ class MoA(StaticPattern):
         return tuple(Span(int(reach.window(place)), self.sinks) for reach in elastic)
 
     def clashes(self, kv: KV, context: int) -> Iterator[tuple[str, str, str]]:
+        yield from fading(kv, "sinks", self.sinks)
         if len(self.alpha) != kv.shape[1]:
             what = f"{len(self.alpha)} spans for {kv.shape[1]} KV heads"
             yield "attention.alpha", what, "Give one alpha and one beta for each KV head"

@@ -7,7 +7,7 @@ Spec sparse-attention 11.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sextant.axes.attention.base import Attention, Pattern
 from sextant.axes.kv.base import KV, Heads
+from sextant.axes.kv.position import ALiBi
 from sextant.axes.numerics import Numerics
 from sextant.core.cost import At, Cost
 from sextant.core.state import JointSpec, JointState, Keys, LayerState, RowSpec, RowState
@@ -79,6 +80,13 @@ class SpanPattern(StaticPattern):
 
     def reaches(self, kv: KV) -> tuple[Reach, ...]:
         return (self.span,) * kv.shape[1]
+
+
+def fading(kv: KV, field: str, first: int) -> Iterator[tuple[str, str, str]]:
+    """ALiBi's penalty grows with the distance, so first tokens that all should read go dark."""
+    if first and isinstance(getattr(kv, "position", None), ALiBi):
+        what = f"ALiBi fades the first {first} tokens with distance"
+        yield f"attention.{field}", what, f"Use rope or nope, or set {field} to 0"
 
 
 def grouped(values: Sequence[T]) -> dict[T, list[int]]:
