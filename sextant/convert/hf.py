@@ -14,10 +14,10 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from sextant.axes.attention import Full, Pattern, Window
+from sextant.axes.attention import DSA, Full, Pattern, Window
 from sextant.axes.capacity import Dense, Experts
 from sextant.axes.capacity.activation import Activation
-from sextant.axes.kv import GQA, AnyScaling, LinearScaling, Llama3Scaling, RoPE, YaRNScaling
+from sextant.axes.kv import GQA, MLA, AnyScaling, LinearScaling, Llama3Scaling, RoPE, YaRNScaling
 from sextant.axes.routing import Auxiliary, SoftmaxTopK
 from sextant.axes.stability import NormalInit, PreNorm, RMSNorm, SandwichNorm
 from sextant.convert.maps import Link, links
@@ -107,16 +107,20 @@ def _llama3(fields: Fields, context: int) -> Llama3Scaling:
 def _yarn(fields: Fields, context: int) -> YaRNScaling:
     original = fields.take("original_max_position_embeddings", int, context)
     mscale, mscale_all_dim = (fields.take(name, _NUMBER, zero=True) for name in ("mscale", "mscale_all_dim"))
-    both = mscale and mscale_all_dim  # transformers heeds neither unless both are given and not 0
+    both = mscale and mscale_all_dim  # cosine and sine heed neither unless both are given and not 0
+    factor = float(fields.take("factor", _NUMBER, context / original))
+    temperature = fields.take("attention_factor", _NUMBER)
+    if mscale_all_dim and not both and temperature is None:
+        temperature = YaRNScaling(factor=factor, original=original).temperature
     return YaRNScaling(
-        factor=float(fields.take("factor", _NUMBER, context / original)),
+        factor=factor,
         original=original,
         beta_fast=float(fields.take("beta_fast", _NUMBER, 32.0)),
         beta_slow=float(fields.take("beta_slow", _NUMBER, 1.0)),
-        attention_factor=fields.take("attention_factor", _NUMBER),
+        attention_factor=temperature,
         truncate=fields.take("truncate", bool, True),
         mscale=float(mscale) if both else 1.0,
-        mscale_all_dim=float(mscale_all_dim) if both else None,
+        mscale_all_dim=float(mscale_all_dim) if mscale_all_dim else None,  # DeepSeek's scores heed it alone, too
     )
 
 
@@ -269,6 +273,91 @@ def _gemma3(fields: Fields, name: str) -> ModelSpec:
     return ModelSpec(name=name, layers=layers, embedding_scale=math.sqrt(width), softcap=softcap, **ends)
 
 
+def _deepseek(fields: Fields, name: str, attention: Callable[[Fields], Pattern] = lambda _: Full()) -> ModelSpec:
+    """DeepSeek-V2, V3 and V3.2: latent attention, the first layers dense, fine-grained experts after them."""
+    fields.only(attention_dropout=0.0, mlp_bias=False, moe_layer_freq=1, ep_size=1)
+    width, context, norm = fields.need("hidden_size"), fields.need("max_position_embeddings"), _norm(fields)
+    depth = fields.need("num_hidden_layers")
+    layers = stack(
+        depth,
+        attention=attention(fields),
+        kv=_mla(fields, context),
+        feed_forward=_deepseek_feed_forward(fields, depth),
+        residual=PreNorm(norm=norm),
+    )
+    return ModelSpec(name=name, layers=layers, **_ends(fields, norm, width, context, tied=False))
+
+
+def _mla(fields: Fields, context: int) -> MLA:
+    """The norms of the latents keep their own eps, whatever ``rms_norm_eps`` says."""
+    heads, rope_dim = fields.need("num_attention_heads"), fields.need("qk_rope_head_dim")
+    nope_dim = fields.need("qk_nope_head_dim")
+    fields.only(num_key_value_heads=heads, head_dim=rope_dim, qk_head_dim=nope_dim + rope_dim)
+    interleaved = fields.take("rope_interleave", bool, True)
+    code = _one_rope(fields, context).replace(layout="interleaved" if interleaved else "half")
+    return MLA(
+        heads=heads, rank=fields.need("kv_lora_rank"), nope_dim=nope_dim, rope_dim=rope_dim,
+        v_dim=fields.need("v_head_dim"), q_rank=fields.take("q_lora_rank", int), position=code,
+        bias=fields.take("attention_bias", bool, False),
+    )
+
+
+_FOR_EXPERTS = (
+    "aux_loss_alpha", "moe_intermediate_size", "n_group", "n_routed_experts", "n_shared_experts", "norm_topk_prob",
+    "num_experts_per_tok", "routed_scaling_factor", "scoring_func", "seq_aux", "topk_group", "topk_method",
+)
+"""Fields without meaning where every layer is dense."""
+
+
+def _deepseek_feed_forward(fields: Fields, depth: int) -> list[Dense | Experts]:
+    """Dense layers, then experts where our routers have the rule: V2's greedy softmax."""
+    activation = fields.choose("hidden_act", ACTIVATIONS, "silu")
+    dense = Dense(hidden=fields.need("intermediate_size"), activation=activation)
+    first = fields.take("first_k_dense_replace", int, 0, zero=True)
+    kinds = ["dense"] * min(first, depth) + ["sparse"] * max(0, depth - first)
+    fields.only(mlp_layer_types=kinds)
+    if first >= depth:
+        for name in _FOR_EXPERTS:
+            fields.left.pop(name, None)
+        return [dense] * depth
+    return [dense] * first + [_fine_experts(fields, activation)] * (depth - first)
+
+
+def _fine_experts(fields: Fields, activation: Activation) -> Experts:
+    """V2-Lite's. transformers heeds neither ``norm_topk_prob`` nor the balance losses, which act in training only."""
+    fields.only(topk_method="greedy", scoring_func="softmax", norm_topk_prob=False)
+    for name in ("n_group", "topk_group", "seq_aux", "aux_loss_alpha"):
+        fields.left.pop(name, None)
+    hidden = fields.need("moe_intermediate_size")
+    router = SoftmaxTopK(
+        top_k=fields.need("num_experts_per_tok"), scale=float(fields.take("routed_scaling_factor", _NUMBER, 1.0))
+    )
+    return Experts(
+        experts=fields.need("n_routed_experts"), hidden=hidden, router=router, activation=activation,
+        shared=hidden * fields.take("n_shared_experts", int, 0, zero=True),
+    )
+
+
+def _deepseek_v3(fields: Fields, name: str) -> ModelSpec:
+    """Its prediction modules are not part of the model here, nor in transformers' forward."""
+    for modules in ("num_mtp_layers", "num_nextn_predict_layers"):
+        fields.left.pop(modules, None)
+    return _deepseek(fields, name)
+
+
+def _deepseek_v32(fields: Fields, name: str) -> ModelSpec:
+    """V3 with an indexer in every layer, whose rotary channels are as many as the main attention's."""
+    fields.only(layer_types=["indexed_attention"] * fields.left.get("num_hidden_layers", 0))
+    return _deepseek(fields, name, _dsa)
+
+
+def _dsa(fields: Fields) -> DSA:
+    return DSA(
+        top_k=fields.need("index_topk"), heads=fields.need("index_n_heads"), head_dim=fields.need("index_head_dim"),
+        rope_dim=fields.left.get("qk_rope_head_dim", 0),
+    )
+
+
 def _layer_types(fields: Fields, layers: int) -> list[str]:
     """The kind of each layer, given or by period: every ``sliding_window_pattern``-th layer is global."""
     period = fields.take("_sliding_window_pattern", int, fields.take("sliding_window_pattern", int, 6))
@@ -285,14 +374,22 @@ def _layer_types(fields: Fields, layers: int) -> list[str]:
 
 
 READERS: dict[str, Callable[[Fields, str], ModelSpec]] = {
-    "llama": _llama, "mistral": _llama, "mixtral": _mixtral, "gemma3_text": _gemma3,
+    "llama": _llama, "mistral": _llama, "mixtral": _mixtral, "gemma3_text": _gemma3, "deepseek_v2": _deepseek,
+    "deepseek_v3": _deepseek_v3, "deepseek_v32": _deepseek_v32,
 }
 """``model_type`` -> how its configuration is read."""
+
+_V3 = {"rms_norm_eps": 1e-6, "first_k_dense_replace": 3, "topk_method": "noaux_tc", "scoring_func": "sigmoid"}
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"rms_norm_eps": 1e-6},
     "mistral": {"rms_norm_eps": 1e-6, "num_key_value_heads": 8, "sliding_window": 4096},
     "mixtral": {"rms_norm_eps": 1e-5, "num_key_value_heads": 8},
+    "deepseek_v2": {"rms_norm_eps": 1e-6, "topk_method": "greedy"},
+    "deepseek_v3": {**_V3, "max_position_embeddings": 4096},
+    "deepseek_v32": {
+        **_V3, "index_topk": 2048, "index_n_heads": 64, "index_head_dim": 128, "max_position_embeddings": 163_840,
+    },
     "gemma3_text": {
         "vocab_size": 262_208, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
         "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-6, "max_position_embeddings": 131_072,

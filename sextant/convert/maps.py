@@ -63,6 +63,12 @@ QK_NORMS = (
     Row("blocks.{i}.attention.kv.q_norm.gain", "model.layers.{i}.self_attn.q_norm.weight"),
     Row("blocks.{i}.attention.kv.k_norm.gain", "model.layers.{i}.self_attn.k_norm.weight"),
 )
+BIASES = (
+    Row("blocks.{i}.attention.kv.q.bias", "model.layers.{i}.self_attn.q_proj.bias"),
+    Row("blocks.{i}.attention.kv.k.bias", "model.layers.{i}.self_attn.k_proj.bias"),
+    Row("blocks.{i}.attention.kv.v.bias", "model.layers.{i}.self_attn.v_proj.bias"),
+)
+SINKS = (Row("blocks.{i}.attention.pattern.sinks_H", "model.layers.{i}.self_attn.sinks"),)  # gpt-oss
 PRE_NORMS = (
     Row("blocks.{i}.around_attention.norm.gain", "model.layers.{i}.input_layernorm.weight"),
     Row("blocks.{i}.around_feed_forward.norm.gain", "model.layers.{i}.post_attention_layernorm.weight"),
@@ -78,6 +84,36 @@ DENSE = (
     Row("blocks.{i}.feed_forward.up.weight", "model.layers.{i}.mlp.up_proj.weight"),
     Row("blocks.{i}.feed_forward.down.weight", "model.layers.{i}.mlp.down_proj.weight"),
 )
+MLA = (
+    Row("blocks.{i}.attention.kv.q.weight", "model.layers.{i}.self_attn.q_proj.weight"),  # without a query latent
+    Row("blocks.{i}.attention.kv.q.down.weight", "model.layers.{i}.self_attn.q_a_proj.weight"),
+    Row("blocks.{i}.attention.kv.q.down.bias", "model.layers.{i}.self_attn.q_a_proj.bias"),
+    Row("blocks.{i}.attention.kv.q.norm.gain", "model.layers.{i}.self_attn.q_a_layernorm.weight"),
+    Row("blocks.{i}.attention.kv.q.up.weight", "model.layers.{i}.self_attn.q_b_proj.weight"),
+    Row("blocks.{i}.attention.kv.kv_a.weight", "model.layers.{i}.self_attn.kv_a_proj_with_mqa.weight"),
+    Row("blocks.{i}.attention.kv.kv_a.bias", "model.layers.{i}.self_attn.kv_a_proj_with_mqa.bias"),
+    Row("blocks.{i}.attention.kv.kv_norm.gain", "model.layers.{i}.self_attn.kv_a_layernorm.weight"),
+    Row("blocks.{i}.attention.kv.kv_b.weight", "model.layers.{i}.self_attn.kv_b_proj.weight"),
+    Row("blocks.{i}.attention.kv.o.weight", "model.layers.{i}.self_attn.o_proj.weight"),
+    Row("blocks.{i}.attention.kv.o.bias", "model.layers.{i}.self_attn.o_proj.bias"),
+)
+_INDEXER = "model.layers.{i}.self_attn.indexer"
+INDEXER = (
+    Row("blocks.{i}.attention.pattern.indexer.q.weight", f"{_INDEXER}.wq_b.weight"),
+    Row("blocks.{i}.attention.pattern.indexer.k.weight", f"{_INDEXER}.wk.weight"),
+    Row("blocks.{i}.attention.pattern.indexer.k_norm.gain", f"{_INDEXER}.k_norm.weight"),
+    Row("blocks.{i}.attention.pattern.indexer.k_norm.bias", f"{_INDEXER}.k_norm.bias"),
+    Row("blocks.{i}.attention.pattern.indexer.weights.weight", f"{_INDEXER}.weights_proj.weight"),
+)
+_FINE = "model.layers.{i}.mlp.experts.{e}"
+FINE_EXPERTS = (  # many small ones; the shared ones lie side by side as one
+    Row("blocks.{i}.feed_forward.router.weight", "model.layers.{i}.mlp.gate.weight"),
+    Row("blocks.{i}.feed_forward.experts.up_EDF", (f"{_FINE}.gate_proj.weight", f"{_FINE}.up_proj.weight"), STACK),
+    Row("blocks.{i}.feed_forward.experts.down_EFD", f"{_FINE}.down_proj.weight", STACK),
+    Row("blocks.{i}.feed_forward.shared.gate.weight", "model.layers.{i}.mlp.shared_experts.gate_proj.weight"),
+    Row("blocks.{i}.feed_forward.shared.up.weight", "model.layers.{i}.mlp.shared_experts.up_proj.weight"),
+    Row("blocks.{i}.feed_forward.shared.down.weight", "model.layers.{i}.mlp.shared_experts.down_proj.weight"),
+)
 _EXPERT = "model.layers.{i}.block_sparse_moe.experts.{e}"
 EXPERTS = (  # w1 is the gate, w3 the value, w2 the way back
     Row("blocks.{i}.feed_forward.router.weight", "model.layers.{i}.block_sparse_moe.gate.weight"),
@@ -89,6 +125,9 @@ FAMILIES: dict[str, tuple[Row, ...]] = {
     "llama": ENDS + ATTENTION + PRE_NORMS + DENSE,
     "mistral": ENDS + ATTENTION + PRE_NORMS + DENSE,
     "mixtral": ENDS + ATTENTION + PRE_NORMS + EXPERTS,
+    "deepseek_v2": ENDS + MLA + PRE_NORMS + DENSE + FINE_EXPERTS,
+    "deepseek_v3": ENDS + MLA + PRE_NORMS + DENSE,
+    "deepseek_v32": ENDS + MLA + INDEXER + PRE_NORMS + DENSE,
     "gemma3_text": ENDS + ATTENTION + QK_NORMS + SANDWICH_NORMS + DENSE,
 }
 """``model_type`` -> map."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,19 @@ GEMMA_ROPES = {
     "full_attention": {"rope_type": "linear", "rope_theta": 1000.0, "factor": 8.0},
 }
 
+MLA = {
+    "num_key_value_heads": 6, "head_dim": 8, "kv_lora_rank": 20, "q_lora_rank": 14, "qk_nope_head_dim": 10,
+    "qk_rope_head_dim": 8, "v_head_dim": 12, "first_k_dense_replace": 3, "rms_norm_eps": 1e-6,
+}
+"""All layers dense: the routers of V3 and V3.2 are not ours yet."""
+V2_YARN = {**YARN, "mscale": 0.707, "mscale_all_dim": 0.707}
+V3_YARN = {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}
+V2_EXPERTS = {
+    "first_k_dense_replace": 1, "n_routed_experts": 8, "num_experts_per_tok": 3, "n_shared_experts": 2,
+    "moe_intermediate_size": 20, "routed_scaling_factor": 1.5, "topk_method": "greedy",
+}
+INDEX = {"index_n_heads": 16, "index_head_dim": 12, "index_topk": 7}
+
 CASES = {
     "llama": Case("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0}}),
     "llama-tied": Case("llama", {"tie_word_embeddings": True, "head_dim": 8, "num_key_value_heads": 6}),
@@ -62,6 +76,15 @@ CASES = {
         },
         std=0.25,
     ),
+    "deepseek-v2": Case("deepseek_v2", {**MLA, **V2_EXPERTS, "rope_parameters": V2_YARN}, length=127),
+    "deepseek-v2-lite": Case("deepseek_v2", {**MLA, **V2_EXPERTS, "q_lora_rank": None, "attention_bias": True}),
+    "deepseek-v3": Case("deepseek_v3", {**MLA, "rope_parameters": V3_YARN, "attention_bias": True}, length=127),
+    "deepseek-v3-half": Case(
+        "deepseek_v3",
+        {**MLA, "q_lora_rank": None, "rope_interleave": False, "rope_parameters": {**YARN, "mscale_all_dim": 0.8}},
+        length=127,
+    ),
+    "deepseek-v32": Case("deepseek_v32", {**MLA, **INDEX, "rope_parameters": V3_YARN}, length=61),
 }
 
 
@@ -113,13 +136,17 @@ def saved(model: Any, folder: Path) -> dict[str, Tensor]:
 
 
 def gradients_on_disk(model: Any, folder: Path) -> dict[str, Tensor]:
-    """Gradients under names on disk, through transformers' own writer: it only moves and cuts tensors."""
+    """Gradients under names on disk, through transformers' own writer: it only moves and cuts tensors.
+
+    Parameters without one, such as those of its indexers, which never learn, are left out.
+    """
     grads = {name: parameter.grad for name, parameter in model.named_parameters()}
     carrier = copy.deepcopy(model)
     with torch.no_grad():
         for name, parameter in carrier.named_parameters():
-            parameter.copy_(grads[name])
-    return saved(carrier, folder)
+            grad = grads[name]
+            parameter.copy_(torch.full_like(parameter, math.nan) if grad is None else grad)
+    return {name: tensor for name, tensor in saved(carrier, folder).items() if not tensor.isnan().all()}
 
 
 def tokens(*shape: int, seed: int = 3) -> Tensor:

@@ -121,6 +121,14 @@ MISTAKES = [
     ("gemma3", "softcap=30.0"),
     ("gemma3", "layers[*].feed_forward.activation=geglu"),
     ("mixtral", "layers[*].feed_forward.router.normalize=false"),
+    ("deepseek-v2", "layers[*].kv.position.scaling.mscale_all_dim=0.8"),
+    ("deepseek-v2", "layers[1].feed_forward.router.normalize=true"),
+    ("deepseek-v2-lite", "layers[*].kv.position.layout=half"),
+    ("deepseek-v3", "layers[*].kv.position.scaling.mscale_all_dim=null"),
+    ("deepseek-v3", "layers[*].kv.norm.eps=0.001"),
+    ("deepseek-v3-half", "layers[*].kv.position.layout=interleaved"),
+    ("deepseek-v32", "layers[*].attention.top_k=6"),
+    ("deepseek-v32", "layers[*].attention.rope_dim=6"),
 ]
 
 

@@ -81,13 +81,15 @@ class YaRNScaling(Spec):
         low, high = max(low, 0), min(high, 2 * len(frequencies) - 1)
         channel = torch.arange(len(frequencies), dtype=frequencies.dtype, device=frequencies.device)
         slowed = ((channel - low) / max(high - low, 0.001)).clamp(0, 1)
-        return frequencies * ((1 - slowed) + slowed / self.factor), self._temperature()
+        return frequencies * ((1 - slowed) + slowed / self.factor), self.temperature
 
     def _edge(self, turns: float, frequencies: Tensor, base: float) -> float:
         """The channel that turns this many times over the original context."""
         return len(frequencies) * math.log(self.original / (turns * 2 * math.pi)) / math.log(base)
 
-    def _temperature(self) -> float:
+    @property
+    def temperature(self) -> float:
+        """What cosine and sine are multiplied by."""
         if self.attention_factor is not None:
             return self.attention_factor
         return self._mscale(self.mscale) / (self._mscale(self.mscale_all_dim) if self.mscale_all_dim else 1.0)
@@ -158,7 +160,7 @@ class Slopes(Unturned):
     """Leaves q and k alone and gives each head the slope that its scores fall with."""
 
     def __init__(self, heads: int):
-        super().__init__(_alibi_slopes(heads))
+        super().__init__(alibi_slopes(heads))
 
 
 class Rotary(nn.Module):
@@ -208,7 +210,8 @@ def turned(position: nn.Module, x_THK: Tensor, places_T: Tensor) -> Tensor:
     return position(x_THK, x_THK, Stream(places_T, ends, len(places_T)))[0]
 
 
-def _alibi_slopes(heads: int) -> Tensor:
+def alibi_slopes(heads: int) -> Tensor:
+    """``2^(-8 h / H)`` for a power of two; else those of the next lower one, then every second of its double."""
     whole = 2 ** math.floor(math.log2(heads))
     slopes = [2 ** (-8 * (h + 1) / whole) for h in range(whole)]
     extra = [2 ** (-4 * (h + 1) / whole) for h in range(0, 2 * (heads - whole), 2)]
