@@ -123,7 +123,8 @@ class NSA(SelectingPattern):
             read_bytes=self._read_bytes(kv, at),
             activation_bytes=at.itemsize * (heads * (k_dim + 4 * v_dim) + rows * (k_dim + v_dim)) + 12 * heads,
         )
-        phis = (self.phi.cost(groups, self.length, dim, self.stride, at) for dim in (k_dim, v_dim))
+        rate = self.grid.complete(at.tokens) / at.tokens
+        phis = (self.phi.cost(groups, self.length, dim, rate, at) for dim in (k_dim, v_dim))
         gates = Cost.of_matrix(width, 3 * (heads if self.gates == "head" else 1), at, keep_input=False)
         return sum(phis, start=own + gates) + self._branches_cost(width, per_head(kv), at)
 

@@ -25,12 +25,12 @@ class MLPPhi(Spec):
     def build(self, groups: int, length: int, dim: int) -> nn.Module:
         return MLP(groups, length, dim, self.hidden)
 
-    def cost(self, groups: int, length: int, dim: int, stride: int, at: At) -> Cost:
-        """FLOPs per token, of which every ``stride``-th completes a window."""
+    def cost(self, groups: int, length: int, dim: int, rate: float, at: At) -> Cost:
+        """At ``rate`` windows per token."""
         weights = groups * (length * dim * self.hidden + self.hidden * dim)
         params = weights + groups * length * dim
-        kept = at.itemsize * groups * (length * dim + 2 * self.hidden) / stride
-        return Cost(params, params, 2.0 * weights / stride, activation_bytes=kept)
+        kept = at.itemsize * groups * (length * dim + 2 * self.hidden) * rate
+        return Cost(params, params, 2.0 * weights * rate, activation_bytes=kept)
 
 
 class MeanPhi(Spec):
@@ -41,7 +41,7 @@ class MeanPhi(Spec):
     def build(self, groups: int, length: int, dim: int) -> nn.Module:
         return Mean()
 
-    def cost(self, groups: int, length: int, dim: int, stride: int, at: At) -> Cost:
+    def cost(self, groups: int, length: int, dim: int, rate: float, at: At) -> Cost:
         return Cost()
 
 
