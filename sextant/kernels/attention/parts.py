@@ -22,6 +22,9 @@ from sextant.kernels.attention.span import Scores
 
 LOG2_E = math.log2(math.e)
 
+SCORES_AT_ONCE = {"cpu": 2**20, "cuda": 2**26}
+"""Scores of a part: what a CPU likes best, and enough to fill a GPU."""
+
 
 @dataclass(frozen=True)
 class Part:
@@ -40,6 +43,37 @@ class Part:
 
 Parts = Callable[[], Iterable[Part]]
 """The parts of one attention, made anew for each pass."""
+
+
+@dataclass(frozen=True)
+class Lanes:
+    """The last T of S tokens, and heads that share what they read: a lane is a query head, or a KV group's heads."""
+
+    tokens: int
+    keys: int
+    heads: int
+    groups: int
+    count: int
+
+    @property
+    def first(self) -> int:
+        """Place of the first query."""
+        return self.keys - self.tokens
+
+    @property
+    def share(self) -> int:
+        """Heads of a lane."""
+        return self.heads // self.count
+
+    def rows(self, token_MT: Tensor, lane_M: Tensor) -> Tensor:
+        """Rows of a :class:`Part` for tokens of lanes, -1 for none: the heads of a token follow each other."""
+        head_MH = lane_M[:, None] * self.share + torch.arange(self.share, device=lane_M.device)
+        rows_MTH = token_MT[..., None] * self.heads + head_MH[:, None]
+        return rows_MTH.masked_fill(token_MT[..., None] < 0, self.tokens * self.heads).flatten(1)
+
+    def places(self, place_MS: Tensor, lane_M: Tensor) -> Tensor:
+        """Keys of a :class:`Part`; a place outside the sequence, which is to be masked, stands at its nearest end."""
+        return place_MS.clamp(0, self.keys - 1) * self.groups + (lane_M * self.groups // self.count)[:, None]
 
 
 def attend_parts(

@@ -49,7 +49,7 @@ def attend_selected_sparse(
     q_THK: Tensor, k_SGK: Tensor, v_SGV: Tensor, blocks_THJ: Tensor, block: int, scores: Scores
 ) -> tuple[Tensor, Tensor]:
     """:func:`attend_selected` by parts, of whatever length."""
-    choice = Choice(blocks_THJ, block, len(k_SGK), q_THK.shape[1], k_SGK.shape[1])
+    choice = Choice.of(q_THK, k_SGK, blocks_THJ, block)
     width = (k_SGK.shape[2] + v_SGV.shape[2]) * max(4, k_SGK.element_size())
     gathers = block < SMALL_BLOCK or len(q_THK) < FEW_QUERIES
     return attend_parts(q_THK, k_SGK, v_SGV, _gathered(choice, width) if gathers else _inverted(choice), scores)

@@ -14,13 +14,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from sextant.kernels.attention.parts import Part
+from sextant.kernels.attention.parts import SCORES_AT_ONCE, Lanes, Part
 
 CAUSAL_TILE = 128
 """Queries of a causal product: shorter ones waste less of the upper triangle."""
-
-SCORES_AT_ONCE = {"cpu": 2**20, "cuda": 2**26}
-"""Scores of a part: what a CPU likes best, and enough to fill a GPU."""
 
 GATHERED_BYTES = 2**26
 """Keys and values that the queries of one part gather."""
@@ -28,51 +25,25 @@ GATHERED_BYTES = 2**26
 
 @dataclass(frozen=True)
 class Choice:
-    """Which blocks the last T of S tokens chose.
-
-    Heads that choose alike and share keys form a lane: a lane is a query head, or a KV group with all its heads.
-
-    Attributes:
-        blocks_THJ: one choice per head, per group, or for all.
-    """
+    """Which blocks the last T of S tokens chose: per head, per KV group, or for all."""
 
     blocks_THJ: Tensor
     block: int
-    keys: int
-    heads: int
-    groups: int
+    lanes: Lanes
 
-    @property
-    def tokens(self) -> int:
-        return self.blocks_THJ.shape[0]
+    @classmethod
+    def of(cls, q_THK: Tensor, k_SGK: Tensor, blocks_THJ: Tensor, block: int) -> Choice:
+        (tokens, heads, _), (keys, groups, _) = q_THK.shape, k_SGK.shape
+        return cls(blocks_THJ, block, Lanes(tokens, keys, heads, groups, max(groups, blocks_THJ.shape[1])))
 
     @property
     def choosers(self) -> int:
         return self.blocks_THJ.shape[1]
 
     @property
-    def first(self) -> int:
-        return self.keys - self.tokens
-
-    @property
-    def lanes(self) -> int:
-        return max(self.groups, self.choosers)
-
-    @property
     def current_T(self) -> Tensor:
         """The block that each query lies in."""
-        return torch.arange(self.first, self.keys, device=self.blocks_THJ.device) // self.block
-
-    def rows(self, token_MT: Tensor, lane_M: Tensor) -> Tensor:
-        """Rows of :class:`Part` for tokens of lanes, -1 for none: the heads of a lane follow each other."""
-        share = self.heads // self.lanes
-        head_MH = lane_M[:, None] * share + torch.arange(share, device=lane_M.device)
-        rows_MTH = token_MT[..., None] * self.heads + head_MH[:, None]
-        return rows_MTH.masked_fill(token_MT[..., None] < 0, self.tokens * self.heads).flatten(1)
-
-    def places(self, place_MS: Tensor, lane_M: Tensor) -> Tensor:
-        """Key rows of :class:`Part`; a place after the last key, which no query sees, stands at the last."""
-        return place_MS.clamp(0, self.keys - 1) * self.groups + (lane_M * self.groups // self.lanes)[:, None]
+        return torch.arange(self.lanes.first, self.lanes.keys, device=self.blocks_THJ.device) // self.block
 
 
 def by_queries(choice: Choice, width: int) -> Iterator[Part]:
@@ -81,19 +52,17 @@ def by_queries(choice: Choice, width: int) -> Iterator[Part]:
     Args:
         width: bytes of a key and its value.
     """
-    device, block = choice.blocks_THJ.device, choice.block
-    lane_H, inside = torch.arange(choice.lanes, device=device), torch.arange(block, device=device)
-    reads = choice.blocks_THJ.shape[2] * block
-    step = max(1, GATHERED_BYTES // max(1, choice.lanes * reads * width))
-    for token_T, blocks_THJ in zip(
-        torch.arange(choice.tokens, device=device).split(step), choice.blocks_THJ.split(step), strict=True
-    ):
+    device, block, lanes = choice.blocks_THJ.device, choice.block, choice.lanes
+    lane_H, inside = torch.arange(lanes.count, device=device), torch.arange(block, device=device)
+    step = max(1, GATHERED_BYTES // max(1, lanes.count * choice.blocks_THJ.shape[2] * block * width))
+    tokens = torch.arange(lanes.tokens, device=device).split(step)
+    for token_T, blocks_THJ in zip(tokens, choice.blocks_THJ.split(step), strict=True):
         place_THS = (blocks_THJ[..., None] * block + inside).flatten(2)
-        visible_THS = (place_THS >= 0) & (place_THS <= token_T[:, None, None] + choice.first)
-        place_MS, visible_MS = (x.expand(-1, choice.lanes, -1).flatten(0, 1) for x in (place_THS, visible_THS))
+        visible_THS = (place_THS >= 0) & (place_THS <= token_T[:, None, None] + lanes.first)
+        place_MS, visible_MS = (x.expand(-1, lanes.count, -1).flatten(0, 1) for x in (place_THS, visible_THS))
         lane_M = lane_H.repeat(len(token_T))
-        rows_MT = choice.rows(token_T.repeat_interleave(choice.lanes)[:, None], lane_M)
-        yield Part(rows_MT, choice.places(place_MS, lane_M), visible_MS[:, None])
+        rows_MT = lanes.rows(token_T.repeat_interleave(lanes.count)[:, None], lane_M)
+        yield Part(rows_MT, lanes.places(place_MS, lane_M), visible_MS[:, None])
 
 
 @dataclass(frozen=True)
@@ -118,7 +87,7 @@ class Inverted:
         blocks_THJ, choosers = choice.blocks_THJ, choice.choosers
         current_T11 = choice.current_T[:, None, None]
         own_TH = (blocks_THJ == current_T11).any(-1)
-        runs = (choice.keys - 1) // choice.block * choosers
+        runs = (choice.lanes.keys - 1) // choice.block * choosers
         code_THJ = blocks_THJ * choosers + torch.arange(choosers, device=blocks_THJ.device)[:, None]
         past_THJ = (blocks_THJ >= 0) & (blocks_THJ < current_T11)
         code_N, order_N = code_THJ.where(past_THJ, runs).to(torch.int32).flatten().sort(stable=True)
@@ -138,47 +107,49 @@ def by_blocks(inverted: Inverted) -> Iterator[Part]:
 
 def _own(inverted: Inverted) -> Iterator[Part]:
     """The blocks that queries lie in: causal, a strip of queries at a time over the keys up to its end."""
-    choice, device = inverted.choice, inverted.own_TH.device
-    lanes, share = choice.lanes, choice.heads // choice.lanes
-    block_M = torch.arange(choice.first // choice.block, (choice.keys - 1) // choice.block + 1, device=device)
-    block_M, lane_M = block_M.repeat_interleave(lanes), torch.arange(lanes, device=device).repeat(len(block_M))
-    for start in range(0, choice.block, CAUSAL_TILE):
-        offset_S = torch.arange(min(start + CAUSAL_TILE, choice.block), device=device)
+    device, lanes, length = inverted.own_TH.device, inverted.choice.lanes, inverted.choice.block
+    block_M = torch.arange(lanes.first // length, (lanes.keys - 1) // length + 1, device=device)
+    lane_M = torch.arange(lanes.count, device=device).repeat(len(block_M))
+    block_M = block_M.repeat_interleave(lanes.count)
+    for start in range(0, length, CAUSAL_TILE):
+        offset_S = torch.arange(min(start + CAUSAL_TILE, length), device=device)
         offset_T = offset_S[start:]
-        visible_1TS = (offset_T.repeat_interleave(share)[:, None] >= offset_S)[None]
+        visible_1TS = (offset_T.repeat_interleave(lanes.share)[:, None] >= offset_S)[None]
         step = max(1, SCORES_AT_ONCE[device.type] // visible_1TS.numel())
         for block, lane in zip(block_M.split(step), lane_M.split(step), strict=True):
-            token_MT = block[:, None] * choice.block + offset_T - choice.first
-            places_MS = choice.places(block[:, None] * choice.block + offset_S, lane)
-            yield Part(choice.rows(_that_chose(inverted, token_MT, lane), lane), places_MS, visible_1TS)
+            token_MT = _that_chose(inverted, block[:, None] * length + offset_T - lanes.first, lane)
+            places_MS = lanes.places(block[:, None] * length + offset_S, lane)
+            yield Part(lanes.rows(token_MT, lane), places_MS, visible_1TS)
 
 
 def _that_chose(inverted: Inverted, token_MT: Tensor, lane_M: Tensor) -> Tensor:
     """The tokens that exist and chose their own block, else -1."""
-    known_MT = token_MT.clamp(0, inverted.choice.tokens - 1)
-    chose_MT = inverted.own_TH[known_MT, (lane_M * inverted.choice.choosers // inverted.choice.lanes)[:, None]]
+    lanes = inverted.choice.lanes
+    known_MT = token_MT.clamp(0, lanes.tokens - 1)
+    chose_MT = inverted.own_TH[known_MT, (lane_M * inverted.choice.choosers // lanes.count)[:, None]]
     return token_MT.where(chose_MT & (known_MT == token_MT), -1)
 
 
 def _past(inverted: Inverted, block: int, runs: list[tuple[int, int]]) -> Iterator[Part]:
     """A past block with the queries that chose it: the lanes side by side while that is small, else one by one."""
-    choice, device = inverted.choice, inverted.token_N.device
-    per_run = choice.lanes // choice.choosers
+    lanes, length, device = inverted.choice.lanes, inverted.choice.block, inverted.token_N.device
+    per_run = lanes.count // len(runs)
     longest = max(stop - start for start, stop in runs)
-    limit = max(1, SCORES_AT_ONCE[device.type] // (choice.block * (choice.heads // choice.lanes) * per_run))
-    lane_M, place_S = torch.arange(choice.lanes, device=device), torch.arange(choice.block, device=device)
-    place_MS = choice.places((block * choice.block + place_S).expand(choice.lanes, -1), lane_M)
+    limit = max(1, SCORES_AT_ONCE[device.type] // (length * lanes.share * per_run))
+    lane_M, place_S = torch.arange(lanes.count, device=device), torch.arange(length, device=device)
+    places_MS = lanes.places((block * length + place_S).expand(lanes.count, -1), lane_M)
     if longest * len(runs) <= limit:
-        yield from [Part(choice.rows(_side_by_side(inverted, runs, longest), lane_M), place_MS)] * (longest > 0)
+        if longest:
+            token_MT = _side_by_side(inverted, runs).repeat_interleave(per_run, dim=0)
+            yield Part(lanes.rows(token_MT, lane_M), places_MS)
         return
     for number, (start, stop) in enumerate(runs):
         here = slice(number * per_run, (number + 1) * per_run)
         for token_T in inverted.token_N[start:stop].split(limit):
-            yield Part(choice.rows(token_T.expand(per_run, -1), lane_M[here]), place_MS[here])
+            yield Part(lanes.rows(token_T.expand(per_run, -1), lane_M[here]), places_MS[here])
 
 
-def _side_by_side(inverted: Inverted, runs: list[tuple[int, int]], longest: int) -> Tensor:
-    """Tokens of each lane, filled up with -1."""
+def _side_by_side(inverted: Inverted, runs: list[tuple[int, int]]) -> Tensor:
+    """Tokens of each run, filled up with -1."""
     rows = [inverted.token_N[start:stop] for start, stop in runs]
-    token_MT = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
-    return token_MT.repeat_interleave(inverted.choice.lanes // len(runs), dim=0)
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
