@@ -278,9 +278,8 @@ class InfLLMAttention(Attention):
         )
         near_HT = lse_HT[:, alone:]
         whole_HT = torch.logaddexp(near_HT, far_HT)
-        shares = ((part_HT - whole_HT).exp().t()[..., None] for part_HT in (near_HT, far_HT))
-        merged_THV = sum(share * part for share, part in zip(shares, (o_THV[alone:], far_THV), strict=True))
-        return torch.cat([o_THV[:alone], merged_THV])
+        near_TH1, far_TH1 = ((part_HT - whole_HT).exp().t()[..., None] for part_HT in (near_HT, far_HT))
+        return torch.cat([o_THV[:alone], near_TH1 * o_THV[alone:] + far_TH1 * far_THV])
 
 
 @dataclass(frozen=True)
