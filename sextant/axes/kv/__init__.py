@@ -33,7 +33,7 @@ TABLE = Table(
             (
                 GQA(heads=4, kv_heads=2, head_dim=8),
                 GQA(heads=3, kv_heads=3, head_dim=8, bias=True),
-                GQA(heads=4, kv_heads=1, head_dim=6, scale=0.3),
+                GQA(heads=4, kv_heads=1, head_dim=6, scale=0.3, v_head_dim=5),
                 GQA(heads=6, kv_heads=2, head_dim=8, qk_norm=RMSNorm()),
             ),
         ),

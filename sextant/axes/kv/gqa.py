@@ -26,12 +26,14 @@ class GQA(KV):
     Attributes:
         qk_norm: norm over each query's and key's channels before the position code; bounds the scores.
         scale: what scores are multiplied by; None is ``head_dim ** -0.5``.
+        v_head_dim: width of a value; None is ``head_dim``.
     """
 
     kind: Literal["gqa"] = "gqa"
     heads: int = Field(ge=1)
     kv_heads: int = Field(ge=1)
     head_dim: int = Field(ge=1)
+    v_head_dim: int | None = Field(default=None, ge=1)
     position: AnyPosition = RoPE()
     qk_norm: AnyNorm | None = None
     scale: float | None = Field(default=None, gt=0)
@@ -47,16 +49,17 @@ class GQA(KV):
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        return self.heads, self.kv_heads, self.head_dim, self.head_dim
+        return self.heads, self.kv_heads, self.head_dim, self.v_head_dim or self.head_dim
 
     def build(self, width: int, numerics: Numerics) -> GQAModule:
         return GQAModule(self, width, numerics)
 
     def cost(self, width: int, at: At) -> Cost:
-        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        cost = Cost.of_matrix(width, q + 2 * kv, at) + Cost.of_matrix(q, width, at, keep_input=False)
+        heads, groups, k_dim, v_dim = self.shape
+        q_k_v = heads * k_dim + groups * (k_dim + v_dim)
+        cost = Cost.of_matrix(width, q_k_v, at) + Cost.of_matrix(heads * v_dim, width, at, keep_input=False)
         if self.bias:
-            cost += Cost(q + 2 * kv, q + 2 * kv)
+            cost += Cost(q_k_v, q_k_v)
         if self.qk_norm is not None:
             cost += 2 * self.qk_norm.cost(self.head_dim, at)
         return cost
@@ -68,11 +71,11 @@ class GQAModule(Projections):
     def __init__(self, spec: GQA, width: int, numerics: Numerics):
         super().__init__()
         self.spec, self.numerics = spec, numerics
-        q_width, kv_width = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-        self.q = Linear(width, q_width, Role.ATTENTION_IN, spec.bias)
-        self.k = Linear(width, kv_width, Role.ATTENTION_IN, spec.bias)
-        self.v = Linear(width, kv_width, Role.ATTENTION_IN, spec.bias)
-        self.o = Linear(q_width, width, Role.ATTENTION_OUT)
+        heads, groups, k_dim, v_dim = spec.shape
+        self.q = Linear(width, heads * k_dim, Role.ATTENTION_IN, spec.bias)
+        self.k = Linear(width, groups * k_dim, Role.ATTENTION_IN, spec.bias)
+        self.v = Linear(width, groups * v_dim, Role.ATTENTION_IN, spec.bias)
+        self.o = Linear(heads * v_dim, width, Role.ATTENTION_OUT)
         self.joined: Joined | None = None
         self.q_norm = spec.qk_norm.build(spec.head_dim) if spec.qk_norm else None
         self.k_norm = spec.qk_norm.build(spec.head_dim) if spec.qk_norm else None
@@ -91,9 +94,9 @@ class GQAModule(Projections):
     def project(self, x_TD: Tensor, stream: Stream, reads_state: bool = False) -> Heads:
         """Queries of H heads, keys and values of G heads."""
         x_TD = self.numerics.lower(x_TD)
-        per_head = (-1, self.spec.head_dim)
+        heads, groups, _, _ = self.spec.shape
         parts = (self.q(x_TD), self.k(x_TD), self.v(x_TD)) if self.joined is None else self.joined(x_TD)
-        q, k, v = (part.unflatten(-1, per_head) for part in parts)
+        q, k, v = (part.unflatten(-1, (n, -1)) for part, n in zip(parts, (heads, groups, groups), strict=True))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         turned_q, turned_k = self.position(q, k, stream)
