@@ -11,21 +11,27 @@ from sextant.axes.attention.dilated import Dilated
 from sextant.axes.attention.dsa import DSA
 from sextant.axes.attention.fixed import Fixed
 from sextant.axes.attention.full import Full
+from sextant.axes.attention.gla import GLA
 from sextant.axes.attention.infllm import InfLLM
 from sextant.axes.attention.infllm_v2 import InfLLMV2
+from sextant.axes.attention.lightning import Lightning
 from sextant.axes.attention.longformer import Longformer
 from sextant.axes.attention.moa import MoA
 from sextant.axes.attention.moba import MoBA
 from sextant.axes.attention.nsa import NSA, MeanPhi, MLPPhi
+from sextant.axes.attention.retnet import RetNet
 from sextant.axes.attention.seer import Budget, Density, Seer, SeerR, Threshold
 from sextant.axes.attention.sink import LearnedSink
 from sextant.axes.attention.strided import Strided
 from sextant.axes.attention.window import Window
+from sextant.axes.kv.position import NoPE
 from sextant.axes.stability import RMSNorm
 from sextant.core.table import Row, Table
 
 Static = Full | Window | Dilated | BlockLocal | Strided | Fixed | Longformer | BigBird | MoA | LearnedSink
-AnyAttention = Annotated[Static | MoBA | NSA | InfLLMV2 | DSA | Seer | SeerR | InfLLM, Field(discriminator="kind")]
+Linear = Lightning | RetNet | GLA
+Chosen = MoBA | NSA | InfLLMV2 | DSA | Seer | SeerR | InfLLM
+AnyAttention = Annotated[Static | Chosen | Linear, Field(discriminator="kind")]
 
 TABLE = Table(
     "attention",
@@ -180,11 +186,40 @@ TABLE = Table(
                 SeerR(block=2, width=4, qk_norm=RMSNorm(), rule=Threshold(share=0.25)),
             ),
         ),
+        Row(
+            Lightning,
+            "no keys: a state per head that decays at a fixed rate",
+            "2501.08313, section 2.2; 2401.04658",
+            (
+                Lightning(heads=4, head_dim=6, chunk=4),
+                Lightning(heads=3, head_dim=5, fade=0.3, chunk=3, norm=RMSNorm(unit_offset=True)),
+                Lightning(heads=2, head_dim=8, fade=1e-5),
+            ),
+        ),
+        Row(
+            RetNet,
+            "no keys: a state that decays at a fixed rate, queries and keys rotated",
+            "2307.08621",
+            (
+                RetNet(heads=3, head_dim=4, value_dim=8, chunk=4),
+                RetNet(heads=2, head_dim=5, value_dim=3, position=NoPE(), chunk=64),
+            ),
+        ),
+        Row(
+            GLA,
+            "no keys: a state whose channels decay as the token says",
+            "2312.06635",
+            (
+                GLA(heads=2, head_dim=4, value_dim=6, rank=3, chunk=4),
+                GLA(heads=3, head_dim=5, value_dim=4, temperature=1.0, chunk=7),
+            ),
+        ),
     ),
 )
 
 __all__ = [
-    "DSA", "NSA", "TABLE", "AnyAttention", "BigBird", "BlockLocal", "Dilated", "Fixed", "Full", "InfLLM",
-    "LearnedSink", "Longformer", "Mixer", "MoA", "MoBA", "Pattern", "Seer", "SeerR", "Selection", "Strided",
-    "Window",
+    "DSA", "GLA", "NSA", "TABLE", "AnyAttention", "BigBird", "BlockLocal", "Dilated", "Fixed", "Full", "InfLLM",
+    "InfLLMV2",
+    "LearnedSink", "Lightning", "Longformer", "Mixer", "MoA", "MoBA", "Pattern", "RetNet", "Seer", "SeerR", "Selection",
+    "Strided", "Window",
 ]
