@@ -24,6 +24,7 @@ VERBS = {
     "tokenizer": "Train a tokenizer, and look at one.",
     "train": "Train a recipe or run file; the same command resumes.",
     "lab": "Compare recipes with paired seeds.",
+    "report": "Look inside: what sparse layers read, expert load, where gradient arrives.",
     "generate": "Continue a prompt with a trained model.",
     "chat": "Talk to a trained model in the terminal.",
     "demo": "Train the smallest model on bundled books, and let it write.",

@@ -75,7 +75,7 @@ def describe(run: Run, tokens: int) -> dict[str, Any]:
     return {
         "name": model.name, "context": model.context, "vocab": model.vocab, "width": model.width, "tied": model.tied,
         "layers": len(model.layers), "params": cost.params, "active_params": cost.active_params, "active": ACTIVE,
-        "at": tokens, "flops_per_token": cost.flops, "itemsize": itemsize,
+        "extra_params": extra_params(model), "at": tokens, "flops_per_token": cost.flops, "itemsize": itemsize,
         "parts": {
             name: {"params": part.params, "active_params": part.active_params, "flops_per_token": part.flops}
             for name, part in parts(model, at).items()
@@ -85,6 +85,20 @@ def describe(run: Run, tokens: int) -> dict[str, Any]:
         },
         "columns": {name: column(model, name) for name in ("attention", "kv", "feed_forward", "residual")},
     }
+
+
+def extra_params(model: ModelSpec) -> int | None:
+    """Parameters that attention patterns add to a dense model's: with 0 its weights load as they are (spec
+    sparse-attention 2, L4). None where a mixer replaces attention, so that there is no such model.
+    """
+    from sextant.axes.attention import Pattern
+    from sextant.core.cost import At
+
+    costs = [
+        layer.attention.cost(model.width, layer.projections, At(1)).params
+        for layer in model.layers if isinstance(layer.attention, Pattern)
+    ]
+    return sum(costs) if len(costs) == len(model.layers) else None
 
 
 def parts(model: ModelSpec, at: At) -> dict[str, Cost]:
@@ -181,6 +195,8 @@ def _head_view(run: Run, facts: dict[str, Any]) -> View:
     view.add_row("layers", f"{facts['layers']}, width {facts['width']:,}, vocabulary {facts['vocab']:,}"
                  + (", tied head" if facts["tied"] else ""))
     view.add_row("context", f"{facts['context']:,} tokens")
+    if facts["extra_params"] is not None:
+        view.add_row("extra_params", f"{facts['extra_params']:,} on top of the same model with full attention")
     for name, text in facts["columns"].items():
         view.add_row(name.replace("_", "-"), text)
     view.add_row("numerics", run.numerics.kind)

@@ -27,7 +27,7 @@ def draw(run_folder: Path) -> list[Path]:
         "load": _load_table(steps),
     }
     folder = run_folder / "plots"
-    written = [_write_csv(folder / f"{name}.csv", *table) for name, table in tables.items() if table[1]]
+    written = [write_csv(folder / f"{name}.csv", *table) for name, table in tables.items() if table[1]]
     try:
         import matplotlib
     except ImportError:
@@ -56,7 +56,8 @@ def _load_table(steps: Rows) -> tuple[Sequence[str], list[list[Any]]]:
     return columns, [[row["step"], int(layer), *values] for row in steps for layer, values in row["load"].items()]
 
 
-def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Path:
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Path:
+    """A table with a header line; returns the path."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
@@ -65,7 +66,8 @@ def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]
     return path
 
 
-def _save(figure: Any, path: Path) -> Path:
+def save_png(figure: Any, path: Path) -> Path:
+    """A matplotlib figure; returns the path."""
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=120, bbox_inches="tight")
     fs.write_bytes(path, image.getvalue())
@@ -82,7 +84,7 @@ def _draw_loss(folder: Path, steps: Rows, heldout: Rows) -> Path:
         axes.plot([row["step"] for row in heldout], [row["bpb"] for row in heldout], "o-", label="held out")
     axes.grid(alpha=0.3)
     axes.legend()
-    return _save(figure, folder / "loss.png")
+    return save_png(figure, folder / "loss.png")
 
 
 def _draw_lr(folder: Path, steps: Rows) -> Path:
@@ -92,7 +94,7 @@ def _draw_lr(folder: Path, steps: Rows) -> Path:
     axes = figure.add_subplot(xlabel="step", ylabel="learning rate", title="Schedule")
     axes.plot([row["step"] for row in steps], [row["lr"] for row in steps])
     axes.grid(alpha=0.3)
-    return _save(figure, folder / "lr.png")
+    return save_png(figure, folder / "lr.png")
 
 
 def _draw_load(folder: Path, steps: Rows) -> Path | None:
@@ -109,4 +111,4 @@ def _draw_load(folder: Path, steps: Rows) -> Path | None:
     image = axes.imshow(peaks, aspect="auto", interpolation="nearest", extent=extent, vmin=1.0)
     axes.set_yticks(range(len(layers)), [str(layer) for layer in layers])
     figure.colorbar(image, ax=axes)
-    return _save(figure, folder / "load.png")
+    return save_png(figure, folder / "load.png")
