@@ -46,7 +46,7 @@ class Rows:
     def largest(self, x_THM: Tensor) -> Tensor:
         """``[N, H, M]``, over the queries of each row; x is not negative."""
         peaks_NHM = x_THM.new_zeros(len(self.place_N), *x_THM.shape[1:])
-        return peaks_NHM.index_reduce(0, self.row_T, x_THM, "amax")
+        return peaks_NHM.scatter_reduce(0, self.row_T[:, None, None].expand_as(x_THM), x_THM, "amax")
 
     def past(self, blocks: int) -> Tensor:
         """bool ``[N, 1, M]``: the candidates among so many complete blocks."""
