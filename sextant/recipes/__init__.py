@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from sextant.core.errors import UsageError, nearest
-from sextant.recipes import gemma_3, llama_3_8b, mai_base_1, mistral_7b, mixtral_8x7b, nano
+from sextant.recipes import gemma_3, llama_3_8b, mai_base_1, mistral_7b, mixtral_8x7b, moba_llama_8b, nano
 from sextant.recipes.base import Recipe
 from sextant.train.run import Run
 
@@ -34,6 +34,10 @@ RECIPES: tuple[Recipe, ...] = (
     Recipe("gemma-3-4b", "5 local : 1 global, dual rotary base", "2503.19786", gemma_3.paper_4b, gemma_3.twin),
     Recipe("gemma-3-12b", "5 local : 1 global, dual rotary base", "2503.19786", gemma_3.paper_12b, gemma_3.twin),
     Recipe("gemma-3-27b", "5 local : 1 global, dual rotary base", "2503.19786", gemma_3.paper_27b, gemma_3.twin),
+    Recipe(
+        "moba-llama-8b", "blocks chosen by their mean key, last 3 layers full, 1 M tokens", "2502.13189",
+        moba_llama_8b.paper, moba_llama_8b.twin,
+    ),
     Recipe("llama-3-8b", "the dense control: full attention", "2407.21783", llama_3_8b.paper, llama_3_8b.twin),
 )
 

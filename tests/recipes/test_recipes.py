@@ -5,6 +5,7 @@ import torch
 import yaml
 
 from sextant import recipes
+from sextant.axes.attention import Full
 from sextant.axes.stability import Role, roles
 from sextant.core.cost import At
 from sextant.core.stream import Stream
@@ -17,6 +18,7 @@ PUBLISHED = {
     "mixtral-8x7b": (46.70, 12.88),  # 2401.04088 prints 46.7 and 12.9
     "mistral-7b": (7.24, 7.24),  # 2310.06825
     "llama-3-8b": (8.03, 8.03),  # 2407.21783
+    "moba-llama-8b": (8.03, 8.03),  # 2502.13189: the same weights
 }
 
 GEMMA_NON_EMBEDDING = {
@@ -93,6 +95,18 @@ def test_every_ladder_rung_follows_the_rule():
         assert model.layers[-1].attention.kind == "full" and model.layers[-1].kv.position.kind == "nope"
         assert model.layers[-1].feed_forward.kind == "latent_experts"
         assert sum(layer.attention.kind == "full" for layer in model.layers) == depth // 6
+
+
+def test_moba_adds_nothing():
+    """2502.13189: 29 of 32 layers sparse, the dense model's parameters, and its weights load as they are."""
+    recipe = recipes.get("moba-llama-8b")
+    kinds = [layer.attention.kind for layer in recipe.paper().model.layers]
+    assert kinds == 29 * ["moba"] + 3 * ["full"] and recipe.paper().model.context == 2**20
+    assert cost(recipe.paper()).params == cost(recipes.get("llama-3-8b").paper()).params
+    sparse = recipe.twin().model
+    dense = sparse.replace(layers=tuple(layer.replace(attention=Full()) for layer in sparse.layers))
+    report = sparse.build(seed=1).load_state_dict(dense.build(seed=2).state_dict())
+    assert report.missing_keys == report.unexpected_keys == []
 
 
 def test_every_parameter_has_one_role():
