@@ -4,20 +4,23 @@ import pytest
 from cases import model_spec
 
 from sextant.axes.attention import (
+    NSA,
     BigBird,
     BlockLocal,
     Dilated,
     Fixed,
     Full,
+    InfLLMV2,
     LearnedSink,
     Longformer,
+    MeanPhi,
     MoA,
     MoBA,
     Strided,
     Window,
 )
 from sextant.axes.capacity import Dense
-from sextant.axes.kv import GQA, ALiBi
+from sextant.axes.kv import GQA, MLA, ALiBi, NoPE
 from sextant.axes.stability import SandwichNorm
 from sextant.core.errors import UsageError
 from sextant.model.checks import RULES, check
@@ -118,6 +121,31 @@ STATIC_CLASHES = {
     ),
 }
 CLASHES |= STATIC_CLASHES
+
+NSA_LAYER = GOOD.replace(attention=NSA(length=4, stride=2, block=4, top_k=3, window=4, phi=MeanPhi()))
+LATENT = MLA(heads=4, rank=6, nope_dim=4, rope_dim=2, v_dim=4)
+BRANCH_CLASHES = {
+    "branches over latents": (
+        NSA_LAYER.replace(kv=LATENT),
+        ["model.layers[1].kv", "nsa's branches need keys and values per head", "Use kind: gqa"],
+    ),
+    "compressed keys turned without a rotation": (
+        NSA_LAYER.replace(kv=GOOD.kv.replace(position=NoPE())),
+        ["attention.cmp_rope", "there is no rope", "Use none"],
+    ),
+    "nsa's window beyond the context": (
+        NSA_LAYER.replace(attention=NSA_LAYER.attention.replace(window=4097)),
+        ["attention.window", "window 4097 exceeds the context 4096", "smaller window"],
+    ),
+    "compressed keys have no distance": (
+        NSA_LAYER.replace(kv=ALIBI), ["kv.position", "nsa cannot rank blocks by ALiBi", "Use rope or nope"],
+    ),
+    "a choice per group over latents": (
+        GOOD.replace(attention=InfLLMV2(length=4, stride=2, block=4, window=4), kv=LATENT),
+        ["model.layers[1].kv", "infllm_v2 chooses per KV group", "Use kind: gqa"],
+    ),
+}
+CLASHES |= BRANCH_CLASHES
 
 
 @pytest.mark.parametrize("case", CLASHES)
