@@ -13,6 +13,7 @@ from sextant.axes.stability import (
     INITS,
     NORMS,
     TABLE,
+    DeepNorm,
     LayerNorm,
     PostNorm,
     PreNorm,
@@ -92,6 +93,8 @@ def by_definition(spec, branch, x_TD: Tensor, f) -> Tensor:
         return x_TD + f(branch.norm(x_TD))
     if isinstance(spec, PostNorm):
         return branch.norm(x_TD + f(x_TD))
+    if isinstance(spec, DeepNorm):
+        return spec.alpha * branch.norm(x_TD) + spec.beta * f(branch.norm(x_TD))
     assert isinstance(spec, SandwichNorm)
     return x_TD + branch.norm_out(f(branch.norm(x_TD)))
 
@@ -128,10 +131,38 @@ def test_dropout_falls_on_the_branch_in_training_only(spec):
     if isinstance(spec, PostNorm):
         assert not torch.equal(branch.train()(x_TD, ones)[0], still)
         return
-    added = branch.train()(x_TD, ones)[0] - x_TD
-    kept = (still - x_TD).mean()
+    past = branch.eval()(x_TD, lambda h_TD: (torch.zeros_like(h_TD), None))[0]  # sandwich: the norm of 0 is 0
+    added = branch.train()(x_TD, ones)[0] - past
+    kept = (still - past).mean()
     assert (added.abs() < 1e-6).float().mean() == pytest.approx(0.25, abs=0.02)
     close(added[added.abs() > 1e-6].mean(), kept / 0.75, 1e-3)
+
+
+def test_deep_norm_without_branches_is_a_chain_of_norms():
+    """Spec minimax-01, section 5.1: the residual path carries the normed row, not the row."""
+    spec = DeepNorm(alpha=1.7)
+    first, second = filled(spec.build(WIDTH)), filled(spec.build(WIDTH))
+    x_TD, nothing = torch.randn(4, WIDTH, dtype=torch.float64), lambda h_TD: (torch.zeros_like(h_TD), None)
+    got_TD = second(first(x_TD, nothing)[0], nothing)[0]
+    close(got_TD, 1.7 * second.norm(1.7 * first.norm(x_TD)), 1e-14)
+
+
+@pytest.mark.parametrize("layers", [8, 80])
+def test_deep_norm_keeps_gradients_of_early_layers_in_range(layers):
+    """Spec minimax-01, section 5.1: at the start, the first layer's gradient is within 10 times the last one's."""
+    layer = Layer(
+        kv=GQA(heads=4, kv_heads=2, head_dim=8), feed_forward=examples(CAPACITY)[0].replace(hidden=48),  # type: ignore[arg-type]
+        residual=DeepNorm(alpha=(2 * layers) ** 0.25),
+    )
+    model = model_spec(*[layer] * layers, width=32, init=examples(INITS)[0]).build(seed=0)
+    tokens_T = torch.randint(23, (32,), generator=torch.Generator().manual_seed(0))
+    logits_TP = model.logits(model(tokens_T, Stream.of_lengths([32])).hidden_TD)
+    torch.nn.functional.cross_entropy(logits_TP[:-1], tokens_T[1:]).backward()
+    first, last = (
+        torch.cat([p.grad.flatten() for p in model.blocks[i].feed_forward.parameters()]).norm().item() for i in (0, -1)
+    )
+    print(f"{layers} layers: gradient of the first over the last layer {first / last:.2f}")
+    assert 0.1 < first / last < 10
 
 
 def everything(init):

@@ -3,7 +3,7 @@
 from sextant.axes.stability.init import AnyInit, DepthScaledInit, NormalInit, initialise
 from sextant.axes.stability.linear import Embedding, Joined, Joins, Linear, Role, roles
 from sextant.axes.stability.norm import AnyNorm, LayerNorm, RMSNorm
-from sextant.axes.stability.residual import AnyResidual, PostNorm, PreNorm, SandwichNorm
+from sextant.axes.stability.residual import AnyResidual, DeepNorm, PostNorm, PreNorm, SandwichNorm
 from sextant.core.table import Row, Table
 
 NORMS = Table(
@@ -21,6 +21,12 @@ TABLE = Table(
     (
         Row(PreNorm, "norm before each sublayer", "GPT-2; Llama", (PreNorm(), PreNorm(norm=LayerNorm()))),
         Row(PostNorm, "norm after each residual sum", "1706.03762", (PostNorm(),)),
+        Row(
+            DeepNorm,
+            "norm before each sublayer, on the residual path too, which a factor above 1 favours",
+            "2501.08313, section 4.2; 2203.00555",
+            (DeepNorm(alpha=1.7), DeepNorm(beta=0.5), DeepNorm(alpha=2.0, norm=LayerNorm())),
+        ),
         Row(
             SandwichNorm,
             "norm before and after each sublayer; gain of the attention's output may start at 0",
@@ -40,7 +46,7 @@ INITS = Table(
 )
 
 __all__ = [
-    "INITS", "NORMS", "TABLE", "AnyInit", "AnyNorm", "AnyResidual", "DepthScaledInit", "Embedding", "Joined", "Joins",
-    "LayerNorm", "Linear", "NormalInit", "PostNorm", "PreNorm", "RMSNorm", "Role", "SandwichNorm", "initialise",
-    "roles",
+    "INITS", "NORMS", "TABLE", "AnyInit", "AnyNorm", "AnyResidual", "DeepNorm", "DepthScaledInit", "Embedding",
+    "Joined", "Joins", "LayerNorm", "Linear", "NormalInit", "PostNorm", "PreNorm", "RMSNorm", "Role",
+    "SandwichNorm", "initialise", "roles",
 ]

@@ -68,7 +68,24 @@ class SandwichNorm(_Placement):
         return SandwichBranch(self, width, gain)
 
 
-AnyResidual = Annotated[PreNorm | PostNorm | SandwichNorm, Field(discriminator="kind")]
+class DeepNorm(_Placement):
+    """``alpha u + beta f(u)`` with ``u = norm(x)``: a post-norm whose norm stands at the next sublayer's entry, so that
+    the model's own norms are the first and the last (MiniMax-01; spec minimax-01, section 5.1).
+
+    Attributes:
+        alpha: factor on the normed row; ``(2 L) ** 0.25`` in L layers (2203.00555).
+        beta: factor on the branch; the paper's ``(8 L) ** -0.25`` is a gain at the start, not this.
+    """
+
+    kind: Literal["deep"] = "deep"
+    alpha: float = Field(default=1.0, gt=0)
+    beta: float = Field(default=1.0, gt=0)
+
+    def build(self, width: int, gain: float = 1.0) -> nn.Module:
+        return DeepBranch(self, width)
+
+
+AnyResidual = Annotated[PreNorm | PostNorm | SandwichNorm | DeepNorm, Field(discriminator="kind")]
 
 
 class PreBranch(nn.Module):
@@ -104,3 +121,15 @@ class SandwichBranch(nn.Module):
     def forward(self, x_TD: Tensor, f: Sublayer) -> tuple[Tensor, Any]:
         y_TD, record = f(self.norm(x_TD))
         return x_TD + F.dropout(self.norm_out(y_TD), self.dropout, self.training), record
+
+
+class DeepBranch(nn.Module):
+    def __init__(self, spec: DeepNorm, width: int):
+        super().__init__()
+        self.dropout, self.alpha, self.beta = spec.dropout, spec.alpha, spec.beta
+        self.norm = spec.norm.build(width)
+
+    def forward(self, x_TD: Tensor, f: Sublayer) -> tuple[Tensor, Any]:
+        u_TD = self.norm(x_TD)
+        y_TD, record = f(u_TD)
+        return self.alpha * u_TD + self.beta * F.dropout(y_TD, self.dropout, self.training), record
