@@ -1,7 +1,8 @@
 """Looking inside: what selecting layers read, how well that covers full attention, and where gradient arrives.
 
-Works for every pattern that leaves a :class:`Selection`. The teacher is full attention over the same queries and keys.
-Spec sparse-attention 1.5 (U), section 2 (L9 load, L16 participation), 12.3 (recall).
+Works for every pattern that leaves a :class:`Selection`. The teacher is full attention over the queries and keys that
+the KV option made, before anything that a pattern does to keys itself, such as MoBA's key-conv. Spec sparse-attention
+1.5 (U), section 2 (L9 load, L16 participation), 12.3 (recall).
 """
 
 from __future__ import annotations

@@ -6,9 +6,11 @@ import math
 
 import pytest
 import torch
-from cases import MOE, PLAIN, built, close, model_spec, random_tokens
+from cases import MOE, PLAIN, built, close, model_spec, params, random_tokens
 
-from sextant.axes.attention import Full, MoBA, Selection
+from sextant.axes.attention import TABLE as ATTENTION
+from sextant.axes.attention import Full, Mixer, MoBA, Selection
+from sextant.axes.attention.base import SelectingPattern
 from sextant.axes.capacity import Dense
 from sextant.axes.kv import GQA, MLA
 from sextant.axes.kv.base import Heads
@@ -146,6 +148,20 @@ def test_look_sees_every_selecting_layer_and_leaves_no_hook():
     assert not any(module._forward_hooks for module in model.modules())
     whole = torch.tensor(choices[0].map_CM)
     assert torch.equal(whole.diagonal(), torch.ones(6, dtype=whole.dtype)) and (whole.triu(1) == 0).all()
+
+
+CHOOSING = [row.examples[0] for row in ATTENTION if not issubclass(row.spec, Mixer)]
+
+
+@pytest.mark.parametrize("attention", params(CHOOSING))
+def test_every_pattern_that_chooses_can_be_looked_at(attention):
+    """One record serves them all: choices per head, per group or for all, blocks of one token or of many."""
+    choices, out = look(built(attention), random_tokens(50), Stream.of_lengths([27, 23]))
+    assert [choice.layer for choice in choices] == list(out.selections)
+    for choice in choices:
+        assert 0 < choice.mass <= choice.recall <= 1 + 1e-6 and choice.read <= choice.union
+        assert sum(choice.load_M) == pytest.approx(1) and choice.queries > 0
+    assert bool(choices) == isinstance(attention, SelectingPattern)
 
 
 # --- gradient -------------------------------------------------------------------------------------------------------
