@@ -107,6 +107,7 @@ def our_training(run: Run) -> Turn:
 
 def their_decoding(spec: ModelSpec, dtype: torch.dtype, batch: int) -> Turn:
     model = their_model(spec, dtype).eval()
+    model.config.output_router_logits = False  # of use in training only, and some versions fail on it here
 
     def generate() -> int:
         prompt_BT = torch.randint(2, spec.vocab, (batch, PROMPT))
