@@ -5,7 +5,17 @@ from __future__ import annotations
 from functools import partial
 
 from sextant.core.errors import UsageError, nearest
-from sextant.recipes import gemma_3, llama_3_8b, mai_base_1, mistral_7b, mixtral_8x7b, moba_llama_8b, nano
+from sextant.recipes import (
+    gemma_3,
+    infllm,
+    llama_3_8b,
+    mai_base_1,
+    mistral_7b,
+    mixtral_8x7b,
+    moba_llama_8b,
+    nano,
+    seer_attention,
+)
 from sextant.recipes.base import Recipe
 from sextant.train.run import Run
 
@@ -37,6 +47,18 @@ RECIPES: tuple[Recipe, ...] = (
     Recipe(
         "moba-llama-8b", "blocks chosen by their mean key, last 3 layers full, 1 M tokens", "2502.13189",
         moba_llama_8b.paper, moba_llama_8b.twin,
+    ),
+    Recipe(
+        "infllm", "window, sinks and a memory of blocks; 1 M tokens without training", "2402.04617", infllm.paper,
+        infllm.twin,
+    ),
+    Recipe(
+        "seer-attention", "gates per head, learnt from full attention of a frozen model, for prompts", "2410.13276",
+        seer_attention.paper, seer_attention.twin,
+    ),
+    Recipe(
+        "seer-attention-r", "gates per KV group, learnt from full attention of a frozen model, for decoding",
+        "2506.08889", seer_attention.paper_r, seer_attention.twin_r,
     ),
     Recipe("llama-3-8b", "the dense control: full attention", "2407.21783", llama_3_8b.paper, llama_3_8b.twin),
 )

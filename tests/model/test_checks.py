@@ -10,15 +10,19 @@ from sextant.axes.attention import (
     Dilated,
     Fixed,
     Full,
+    InfLLM,
     InfLLMV2,
     LearnedSink,
     Longformer,
     MeanPhi,
     MoA,
     MoBA,
+    Seer,
+    SeerR,
     Strided,
     Window,
 )
+from sextant.axes.attention.seer import Budget
 from sextant.axes.capacity import Dense
 from sextant.axes.kv import GQA, MLA, ALiBi, NoPE
 from sextant.axes.stability import SandwichNorm
@@ -146,6 +150,29 @@ BRANCH_CLASHES = {
     ),
 }
 CLASHES |= BRANCH_CLASHES
+
+MEMORY = GOOD.replace(attention=InfLLM(block=2, sinks=2, window=4, top_k=1, representatives=1))
+GATED = GOOD.replace(attention=SeerR(block=4, width=6, rule=Budget(tokens=8)))
+PLAIN_KEY_CLASHES = {
+    "far keys at one distance over latents": (
+        MEMORY.replace(kv=LATENT), ["model.layers[1].kv", "before their position code, not latents", "Use kv gqa"],
+    ),
+    "representatives have no distance": (
+        MEMORY.replace(kv=ALIBI), ["kv.position", "infllm cannot rank blocks by ALiBi", "Use rope or nope"],
+    ),
+    "a gate over latents": (
+        GATED.replace(kv=LATENT), ["model.layers[1].kv", "seer_r needs each head's queries", "latents do not give"],
+    ),
+    "a gate's rows have no distance": (
+        GOOD.replace(attention=Seer(block=4, rule=Budget(tokens=8)), kv=ALIBI),
+        ["kv.position", "seer cannot rank blocks by ALiBi", "Use rope or nope"],
+    ),
+    "a gate that turns an odd number of channels": (
+        GATED.replace(attention=GATED.attention.replace(width=5)),
+        ["model.layers[1].attention.width", "seer_r's gate turns an odd number", "even width"],
+    ),
+}
+CLASHES |= PLAIN_KEY_CLASHES
 
 
 @pytest.mark.parametrize("case", CLASHES)
