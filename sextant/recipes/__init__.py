@@ -6,6 +6,8 @@ from functools import partial
 
 from sextant.core.errors import UsageError, nearest
 from sextant.recipes import (
+    deepseek_v2,
+    deepseek_v3,
     gemma_3,
     infllm,
     llama_3_8b,
@@ -59,6 +61,18 @@ RECIPES: tuple[Recipe, ...] = (
     Recipe(
         "seer-attention-r", "gates per KV group, learnt from full attention of a frozen model, for decoding",
         "2506.08889", seer_attention.paper_r, seer_attention.twin_r,
+    ),
+    Recipe(
+        "deepseek-v2-lite", "latent attention, 6 of 64 fine experts and 2 shared", "2405.04434",
+        deepseek_v2.paper_lite, deepseek_v2.twin_lite,
+    ),
+    Recipe(
+        "deepseek-v2", "latent attention, 6 of 160 fine experts and 2 shared", "2405.04434", deepseek_v2.paper,
+        deepseek_v2.twin,
+    ),
+    Recipe(
+        "deepseek-v3", "latent attention, 8 of 256 fine experts and 1 shared", "2412.19437", deepseek_v3.paper,
+        deepseek_v3.twin,
     ),
     Recipe("llama-3-8b", "the dense control: full attention", "2407.21783", llama_3_8b.paper, llama_3_8b.twin),
 )

@@ -11,7 +11,7 @@ from sextant.data.spec import Data
 from sextant.model.spec import ModelSpec
 from sextant.train.optim import AdamW
 from sextant.train.run import Batch, Run
-from sextant.train.schedule import Cosine
+from sextant.train.schedule import AnySchedule, Cosine
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Recipe:
     twin: Callable[[], Run]
 
 
-def paper_run(model: ModelSpec, seq_len: int, optimiser: AdamW, schedule: Cosine, batch: Batch, steps: int) -> Run:
+def paper_run(model: ModelSpec, seq_len: int, optimiser: AdamW, schedule: AnySchedule, batch: Batch, steps: int) -> Run:
     """A run at published size, in bf16, on data that the user prepares."""
     data = Data(source="data/pretraining", vocab=model.vocab, seq_len=seq_len)
     return Run(

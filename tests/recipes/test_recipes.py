@@ -18,6 +18,9 @@ PUBLISHED = {
     "mixtral-8x7b": (46.70, 12.88),  # 2401.04088 prints 46.7 and 12.9
     "mistral-7b": (7.24, 7.24),  # 2310.06825
     "llama-3-8b": (8.03, 8.03),  # 2407.21783
+    "deepseek-v2-lite": (15.71, 2.66),  # 2405.04434 prints 15.7 and 2.4, without the embedding 2.45
+    "deepseek-v2": (235.74, 21.38),  # 2405.04434 prints 236 and 21
+    "deepseek-v3": (671.03, 37.55),  # 2412.19437 prints 671 and 37
     "moba-llama-8b": (8.03, 8.03),  # 2502.13189: the same weights
 }
 
