@@ -14,16 +14,17 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from sextant.axes.attention import DSA, Full, Pattern, Window
+from sextant.axes.attention import DSA, Full, Lightning, Pattern, Window
+from sextant.axes.attention.lightning import fade
 from sextant.axes.capacity import Dense, Experts
 from sextant.axes.capacity.activation import Activation
 from sextant.axes.kv import GQA, MLA, AnyScaling, LinearScaling, Llama3Scaling, RoPE, YaRNScaling
 from sextant.axes.routing import Auxiliary, SoftmaxTopK
-from sextant.axes.stability import NormalInit, PreNorm, RMSNorm, SandwichNorm
+from sextant.axes.stability import DeepNorm, NormalInit, PreNorm, RMSNorm, SandwichNorm
 from sextant.convert.maps import Link, links
 from sextant.core.errors import CheckpointError, UsageError, nearest
 from sextant.core.spec import explain
-from sextant.model.spec import ModelSpec, stack
+from sextant.model.spec import Layer, ModelSpec, stack
 from sextant.model.transformer import Transformer
 
 # --- reading a configuration ----------------------------------------------------------------------------------------
@@ -166,7 +167,7 @@ def _ropes_by_type(fields: Fields, context: int) -> dict[str, RoPE]:
 ACTIVATIONS: dict[str, Activation] = {"silu": "swiglu", "gelu": "geglu", "gelu_pytorch_tanh": "geglu_tanh"}
 
 
-def _pattern(window: int | None, context: int) -> Pattern:
+def _pattern(window: int | None, context: int) -> Full | Window:
     """A window as long as the context hides nothing: that is full attention, and budgeted as such."""
     return Full() if window is None or window >= context else Window(window=window)
 
@@ -362,20 +363,106 @@ def _layer_types(fields: Fields, layers: int) -> list[str]:
     """The kind of each layer, given or by period: every ``sliding_window_pattern``-th layer is global."""
     period = fields.take("_sliding_window_pattern", int, fields.take("sliding_window_pattern", int, 6))
     by_period = ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(layers)]
-    kinds = fields.take("layer_types", list, by_period)
-    if len(kinds) != layers or set(kinds) - {"sliding_attention", "full_attention"}:
+    return _kinds(fields, by_period, "sliding_attention")
+
+
+def _kinds(fields: Fields, default: list[str], other: str) -> list[str]:
+    """``layer_types``: the default's number of layers, each of this other kind or of full attention."""
+    kinds = fields.take("layer_types", list, default)
+    if len(kinds) != len(default) or set(kinds) - {other, "full_attention"}:
         raise UsageError(
             "unsupported field in a model configuration",
             where="config.json: layer_types",
             got=f"{len(kinds)} of {', '.join(sorted(set(kinds)))}",
-            expected=f"{layers} of sliding_attention or full_attention",
+            expected=f"{len(default)} of {other} or full_attention",
         )
     return kinds
 
 
+def _their_fade(layer: int, layers: int) -> float:
+    """Transformers' spelling of :func:`fade`; in 80 layers they differ by less than 2e-7."""
+    return 1 - layer / (layers - 1 + 1e-5) + 1e-5
+
+
+def _minimax(fields: Fields, name: str, fade: Callable[[int, int], float] = _their_fade) -> ModelSpec:
+    """MiniMax-01 under transformers' names. Its class turns whole heads whatever ``rotary_dim`` says; the weights were
+    trained with the part, so the part is what we read (spec minimax-01, section 14.5).
+    """
+    fields.only(attention_dropout=0.0, router_jitter_noise=0.0, hidden_act="silu")
+    width, context, norm = fields.need("hidden_size"), fields.need("max_position_embeddings"), _norm(fields)
+    depth, full = fields.need("num_hidden_layers"), _pattern(fields.take("sliding_window", int), context)
+    by_turns = ["linear_attention" if i % 2 else "full_attention" for i in range(depth)]
+    kinds = _kinds(fields, by_turns, "linear_attention")
+    softmax, linear = _minimax_heads(fields, width, context)
+    rest = {"residual": _deep_norm(fields, kinds, norm), "feed_forward": _experts(fields, depth)}
+    layers = [
+        Layer(attention=full, kv=softmax, **rest) if kind == "full_attention"
+        else Layer(attention=linear.replace(fade=fade(i, depth)), **rest)
+        for i, kind in enumerate(kinds)
+    ]
+    return ModelSpec(name=name, layers=tuple(layers), **_ends(fields, norm, width, context, tied=False))
+
+
+def _minimax_heads(fields: Fields, width: int, context: int) -> tuple[GQA, Lightning]:
+    """Heads of the softmax layers, and a lightning layer whose slopes have not faded."""
+    kv = _heads(fields, width, _one_rope(fields, context, theta=1e6))
+    if kv.heads & (kv.heads - 1):
+        raise UsageError(
+            "unsupported field in a model configuration", where="config.json: num_attention_heads", got=kv.heads,
+            expected="a power of 2: for others the released code and transformers disagree on the decays",
+        )
+    part = fields.take("rotary_dim", int, kv.head_dim) / kv.head_dim
+    position = kv.position.replace(fraction=part)
+    return kv.replace(position=position), Lightning(
+        heads=kv.heads, head_dim=kv.head_dim, chunk=fields.take("block_size", int, 256)
+    )
+
+
+def _deep_norm(fields: Fields, kinds: list[str], norm: RMSNorm) -> DeepNorm:
+    """The placement of all layers, if the factors of its feed-forward are those of every attention there is."""
+
+    def pair(part: str) -> tuple[float, float]:
+        alpha, beta = (fields.take(f"{part}_{which}_factor", _NUMBER, 1.0) for which in ("alpha", "beta"))
+        return float(alpha), float(beta)
+
+    mlp, attention = pair("mlp"), {"full_attention": pair("full_attn"), "linear_attention": pair("linear_attn")}
+    if any(attention[kind] != mlp for kind in kinds):
+        raise UsageError(
+            "unsupported field in a model configuration", where="config.json: mlp_alpha_factor, mlp_beta_factor",
+            got=mlp, expected=f"those of the attention: {attention}",
+        )
+    return DeepNorm(norm=norm, alpha=mlp[0], beta=mlp[1])
+
+
+MINIMAX_NAMES = {
+    f"layernorm_{theirs}_{which}": f"{part}_{which}_factor"
+    for theirs, part in (("full_attention", "full_attn"), ("linear_attention", "linear_attn"), ("mlp", "mlp"))
+    for which in ("alpha", "beta")
+}
+"""Fields of the released MiniMax-01 files -> transformers' names (spec minimax-01, section 14.2)."""
+
+
+def _minimax_released(fields: Fields, name: str) -> ModelSpec:
+    """The files that came with the weights of MiniMax-Text-01 and MiniMax-M1."""
+    shared, mode = fields.left.pop("shared_intermediate_size", 0), fields.take("shared_moe_mode", str)
+    if shared not in (0, [0]):
+        raise UsageError(
+            "unsupported field in a model configuration", where="config.json: shared_intermediate_size",
+            got=f"{shared} ({mode})", expected=0,
+        )
+    fields.only(postnorm=True)
+    kinds = fields.need("attn_type_list", list)
+    fields.left["layer_types"] = ["full_attention" if kind else "linear_attention" for kind in kinds]
+    for released, ours in MINIMAX_NAMES.items():
+        if released in fields.left:
+            fields.left[ours] = fields.left.pop(released)
+    return _minimax(fields, name, fade)
+
+
 READERS: dict[str, Callable[[Fields, str], ModelSpec]] = {
     "llama": _llama, "mistral": _llama, "mixtral": _mixtral, "gemma3_text": _gemma3, "deepseek_v2": _deepseek,
-    "deepseek_v3": _deepseek_v3, "deepseek_v32": _deepseek_v32,
+    "deepseek_v3": _deepseek_v3, "deepseek_v32": _deepseek_v32, "minimax": _minimax,
+    "minimax_text_01": _minimax_released, "minimax_m1": _minimax_released,
 }
 """``model_type`` -> how its configuration is read."""
 
@@ -390,6 +477,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "deepseek_v32": {
         **_V3, "index_topk": 2048, "index_n_heads": 64, "index_head_dim": 128, "max_position_embeddings": 163_840,
     },
+    "minimax": {"rms_norm_eps": 1e-5, "num_key_value_heads": 8, "max_position_embeddings": 131_072},
+    "minimax_text_01": {"rms_norm_eps": 1e-5},
+    "minimax_m1": {"rms_norm_eps": 1e-5},
     "gemma3_text": {
         "vocab_size": 262_208, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
         "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-6, "max_position_embeddings": 131_072,
@@ -423,8 +513,11 @@ def spec_from_hf(config: Mapping[str, Any], name: str | None = None) -> ModelSpe
 
 # --- tensors --------------------------------------------------------------------------------------------------------
 
-LEFTOVERS = (".rotary_emb.inv_freq",)
-"""Endings of tensors in old files that hold no parameter."""
+LEFTOVERS = (
+    ".rotary_emb.inv_freq", ".self_attn.slope_rate", ".self_attn.query_decay", ".self_attn.key_decay",
+    ".self_attn.diagonal_decay",
+)
+"""Endings of tensors that hold no parameter: tables which some files carry and every model makes for itself."""
 
 
 @torch.no_grad()

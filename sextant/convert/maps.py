@@ -97,6 +97,12 @@ MLA = (
     Row("blocks.{i}.attention.kv.o.weight", "model.layers.{i}.self_attn.o_proj.weight"),
     Row("blocks.{i}.attention.kv.o.bias", "model.layers.{i}.self_attn.o_proj.bias"),
 )
+LIGHTNING = (  # rows of qkv go by head on both sides
+    Row("blocks.{i}.attention.mixer.qkv.weight", "model.layers.{i}.self_attn.qkv_proj.weight"),
+    Row("blocks.{i}.attention.mixer.gate.weight", "model.layers.{i}.self_attn.output_gate.weight"),
+    Row("blocks.{i}.attention.mixer.o.weight", "model.layers.{i}.self_attn.out_proj.weight"),
+    Row("blocks.{i}.attention.mixer.norm.gain", "model.layers.{i}.self_attn.norm.weight"),
+)
 _INDEXER = "model.layers.{i}.self_attn.indexer"
 INDEXER = (
     Row("blocks.{i}.attention.pattern.indexer.q.weight", f"{_INDEXER}.wq_b.weight"),
@@ -128,6 +134,9 @@ FAMILIES: dict[str, tuple[Row, ...]] = {
     "deepseek_v2": ENDS + MLA + PRE_NORMS + DENSE + FINE_EXPERTS,
     "deepseek_v3": ENDS + MLA + PRE_NORMS + DENSE,
     "deepseek_v32": ENDS + MLA + INDEXER + PRE_NORMS + DENSE,
+    "minimax": ENDS + ATTENTION + LIGHTNING + PRE_NORMS + EXPERTS,
+    "minimax_text_01": ENDS + ATTENTION + LIGHTNING + PRE_NORMS + EXPERTS,
+    "minimax_m1": ENDS + ATTENTION + LIGHTNING + PRE_NORMS + EXPERTS,
     "gemma3_text": ENDS + ATTENTION + QK_NORMS + SANDWICH_NORMS + DENSE,
 }
 """``model_type`` -> map."""

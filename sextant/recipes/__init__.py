@@ -6,17 +6,25 @@ from functools import partial
 
 from sextant.core.errors import UsageError, nearest
 from sextant.recipes import (
+    bigbird,
     deepseek_v2,
     deepseek_v3,
     gemma_3,
+    gpt_oss,
     infllm,
+    infllm_v2_8b,
     llama_3_8b,
+    longformer,
     mai_base_1,
+    minimax_text_01,
     mistral_7b,
     mixtral_8x7b,
+    moa,
     moba_llama_8b,
     nano,
+    nsa_27b,
     seer_attention,
+    sparse_transformer,
 )
 from sextant.recipes.base import Recipe
 from sextant.train.run import Run
@@ -51,18 +59,6 @@ RECIPES: tuple[Recipe, ...] = (
         moba_llama_8b.paper, moba_llama_8b.twin,
     ),
     Recipe(
-        "infllm", "window, sinks and a memory of blocks; 1 M tokens without training", "2402.04617", infllm.paper,
-        infllm.twin,
-    ),
-    Recipe(
-        "seer-attention", "gates per head, learnt from full attention of a frozen model, for prompts", "2410.13276",
-        seer_attention.paper, seer_attention.twin,
-    ),
-    Recipe(
-        "seer-attention-r", "gates per KV group, learnt from full attention of a frozen model, for decoding",
-        "2506.08889", seer_attention.paper_r, seer_attention.twin_r,
-    ),
-    Recipe(
         "deepseek-v2-lite", "latent attention, 6 of 64 fine experts and 2 shared", "2405.04434",
         deepseek_v2.paper_lite, deepseek_v2.twin_lite,
     ),
@@ -73,6 +69,44 @@ RECIPES: tuple[Recipe, ...] = (
     Recipe(
         "deepseek-v3", "latent attention, 8 of 256 fine experts and 1 shared", "2412.19437", deepseek_v3.paper,
         deepseek_v3.twin,
+    ),
+    Recipe(
+        "gpt-oss-20b", "window 128 and full in turn, learned sinks, 4 of 32 experts", "gpt-oss, August 2025",
+        gpt_oss.paper, gpt_oss.twin,
+    ),
+    Recipe(
+        "longformer", "window of 512, gaps in two heads, a global token", "2004.05150", longformer.paper,
+        longformer.twin,
+    ),
+    Recipe("bigbird", "near, first and random blocks of 64", "2007.14062", bigbird.paper, bigbird.twin),
+    Recipe(
+        "sparse-transformer", "own block of 128 and 32 columns of every past one", "1904.10509",
+        sparse_transformer.paper, sparse_transformer.twin,
+    ),
+    Recipe("moa", "a span for every head, growing with the length", "2406.14909", moa.paper, moa.twin),
+    Recipe(
+        "nsa-27b", "compressed keys, chosen blocks and a window, gated; 6 of 72 experts", "2502.11089", nsa_27b.paper,
+        nsa_27b.twin,
+    ),
+    Recipe(
+        "infllm-v2-8b", "dense while short, then 96 blocks chosen by pooled keys", "2509.24663", infllm_v2_8b.paper,
+        infllm_v2_8b.twin,
+    ),
+    Recipe(
+        "minimax-text-01", "7 lightning layers : 1 softmax, 2 of 32 experts", "2501.08313", minimax_text_01.paper,
+        minimax_text_01.twin,
+    ),
+    Recipe(
+        "infllm", "window, sinks and a memory of blocks; 1 M tokens without training", "2402.04617", infllm.paper,
+        infllm.twin,
+    ),
+    Recipe(
+        "seer-attention", "gates per head, learnt from full attention of a frozen model, for prompts", "2410.13276",
+        seer_attention.paper, seer_attention.twin,
+    ),
+    Recipe(
+        "seer-attention-r", "gates per KV group, learnt from full attention of a frozen model, for decoding",
+        "2506.08889", seer_attention.paper_r, seer_attention.twin_r,
     ),
     Recipe("llama-3-8b", "the dense control: full attention", "2407.21783", llama_3_8b.paper, llama_3_8b.twin),
 )

@@ -45,6 +45,16 @@ def test_counts_are_the_published_ones(name):
     assert round(counted.active_params / 1e9, 2) == active
 
 
+def test_minimax_counts_are_exact():
+    """2501.08313 prints 456 B and 45.9 B; the latter leaves out both embedding tables."""
+    model = recipes.get("minimax-text-01").paper().model
+    counted = model.cost(At(8192))
+    assert counted.params == 456_089_655_296
+    assert counted.active_params - 2 * model.vocab * model.width == 45_944_920_064
+    assert counted.state_bytes == 70 * 4 * 2**20 + 8192 * 40_960
+    assert [i for i, layer in enumerate(model.layers) if layer.attention.kind == "full"] == list(range(7, 80, 8))
+
+
 @pytest.mark.parametrize("name", GEMMA_NON_EMBEDDING)
 def test_gemma_without_embedding_is_the_published_count(name):
     model = recipes.get(name).paper().model
