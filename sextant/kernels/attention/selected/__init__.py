@@ -17,11 +17,13 @@ from sextant.kernels.attention.span import Scores
 __all__ = ["attend_selected", "attend_selected_reference", "selected_mask"]
 
 DENSE_PAIRS = 2**16
-"""Pairs of query and key below which a dense mask is faster, measured on a CPU."""
+"""Pairs of query and key up to which a dense mask is faster when it reads no more than four times too much (CPU)."""
 
-SMALL_BLOCK = 16
-FEW_QUERIES = 32
-"""Smaller blocks, or fewer queries: each query gathers its own keys."""
+SINGLE = 4
+"""Blocks of fewer tokens count as single tokens: each query gathers its own."""
+
+GATHERED_PER_BLOCK = 2500
+"""Gathered keys that cost as much as handling a block: above it the queries come to the blocks (CPU, with backward)."""
 
 
 def attend_selected(
@@ -51,8 +53,14 @@ def attend_selected_sparse(
     """:func:`attend_selected` by parts, of whatever length."""
     choice = Choice.of(q_THK, k_SGK, blocks_THJ, block)
     width = (k_SGK.shape[2] + v_SGV.shape[2]) * max(4, k_SGK.element_size())
-    gathers = block < SMALL_BLOCK or len(q_THK) < FEW_QUERIES
-    return attend_parts(q_THK, k_SGK, v_SGV, _gathered(choice, width) if gathers else _inverted(choice), scores)
+    parts = _gathered(choice, width) if _gathers(choice) else _inverted(choice)
+    return attend_parts(q_THK, k_SGK, v_SGV, parts, scores)
+
+
+def _gathers(choice: Choice) -> bool:
+    """Whether each query had better fetch its keys: few queries, or few tokens per block."""
+    gathered = choice.blocks_THJ.shape[0] * choice.blocks_THJ.shape[2] * choice.lanes.count * choice.block
+    return choice.block < SINGLE or gathered <= GATHERED_PER_BLOCK * (choice.lanes.keys // choice.block)
 
 
 def _gathered(choice: Choice, width: int) -> Parts:
