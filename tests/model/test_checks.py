@@ -4,6 +4,7 @@ import pytest
 from cases import model_spec
 
 from sextant.axes.attention import (
+    DSA,
     NSA,
     BigBird,
     BlockLocal,
@@ -70,6 +71,12 @@ CLASHES = {
     "a block mean has no distance": (
         GOOD.replace(attention=MoBA(block=4, top_k=2), kv=GOOD.kv.replace(position=ALiBi())),
         ["model.layers[1].kv.position", "moba cannot rank blocks by ALiBi", "Use rope or nope"],
+    ),
+    "an indexer without a rotation": (
+        GOOD.replace(
+            attention=DSA(top_k=4, heads=2, head_dim=8, rope_dim=4), kv=GOOD.kv.replace(position=NoPE())
+        ),
+        ["model.layers[1].attention.rope_dim", "turns 4 channels", "Set it to 0 or give kv a rope"],
     ),
 }
 """More pairs that a pattern refuses, each in its own words."""
