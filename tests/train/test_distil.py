@@ -1,5 +1,5 @@
-"""T17: gates distilled on a frozen model. Their loss falls, they find the blocks that matter on held-out text better than
-block means do, and not one bit of the model moves.
+"""T17: gates distilled on a frozen model. Their loss falls, they find the blocks that matter on held-out text better
+than block means do, and not one bit of the model moves.
 """
 
 import json
