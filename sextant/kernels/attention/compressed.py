@@ -120,10 +120,12 @@ def window_weights(q_THK: Tensor, k_SGK: Tensor, first: int, grid: Grid, scores:
     scores_GTNS = torch.einsum("tgnk,sgk->gtns", q_TGNK, k_SGK.to(dtype))
     last_S = torch.arange(len(k_SGK), device=q_THK.device) * grid.stride + grid.length - 1
     position_T = torch.arange(first, first + len(q_THK), device=q_THK.device)
-    hidden_TS = last_S > position_T[:, None]
-    scores_GTNS = scores_GTNS.masked_fill(hidden_TS[:, None], -math.inf)
-    lse_GTN1 = scores_GTNS.logsumexp(-1, keepdim=True)
-    return torch.exp(scores_GTNS - lse_GTN1.masked_fill(lse_GTN1 == -math.inf, 0.0))
+    # Queries before the first window's end look at it, so that softmax has something, and are then told to forget it.
+    hidden_TS = last_S > position_T[:, None].clamp(min=grid.length - 1)
+    weights_GTNS = scores_GTNS.masked_fill_(hidden_TS[:, None], -math.inf).softmax(-1)
+    if first >= grid.length - 1:
+        return weights_GTNS
+    return weights_GTNS * (position_T >= grid.length - 1)[:, None, None]
 
 
 def _pieces(q_THK: Tensor, k_SGK: Tensor, first: int, grid: Grid) -> Iterator[tuple[Tensor, int, int]]:
