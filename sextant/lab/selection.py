@@ -227,10 +227,10 @@ def block_mass(q_THK: Tensor, k_SGK: Tensor, scale: float, block: int) -> Tensor
 
 def _best_mass(mass_THM: Tensor, chosen_THM: Tensor, current_T: Tensor) -> Tensor:
     """``[T, H]``: weight in the own block, if chosen, and in the heaviest as many others."""
-    own_T11 = current_T[:, None, None].expand(-1, mass_THM.shape[1], 1)
-    reads_own_TH = chosen_THM.gather(2, own_T11)[..., 0]
-    own_TH = mass_THM.gather(2, own_T11)[..., 0] * reads_own_TH
-    others_THM = mass_THM.scatter(2, own_T11, 0.0).sort(dim=2, descending=True).values
+    own_TH1 = current_T[:, None, None].expand(-1, mass_THM.shape[1], 1)
+    reads_own_TH = chosen_THM.gather(2, own_TH1)[..., 0]
+    own_TH = mass_THM.gather(2, own_TH1)[..., 0] * reads_own_TH
+    others_THM = mass_THM.scatter(2, own_TH1, 0.0).sort(dim=2, descending=True).values
     place_M = torch.arange(mass_THM.shape[2], device=mass_THM.device)
     many_TH = chosen_THM.sum(2) - reads_own_TH.long()
     return own_TH + (others_THM * (place_M < many_TH[..., None])).sum(2)
