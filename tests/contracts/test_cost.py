@@ -113,8 +113,10 @@ COUNTABLE = [
 
 
 @pytest.mark.parametrize("spec", COUNTABLE)
-def test_model_flops_equal_the_counter(spec):
+def test_model_flops_equal_the_counter(spec, monkeypatch):
     """Forward products by the counter, attention by its masks."""
+    # The cost is of the rows that experts are sent; for few rows a CPU runs all experts on all of them instead.
+    monkeypatch.setattr("sextant.axes.capacity.experts.LITTLE", 0)
     model, tokens_T = spec.build(), random_tokens(AT.tokens)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model.logits(model(tokens_T, Stream.of_lengths([AT.tokens])).hidden_TD)

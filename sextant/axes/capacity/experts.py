@@ -23,7 +23,7 @@ from sextant.kernels.grouped import grouped_linear, grouped_swiglu, row_linear, 
 from sextant.kernels.permute import combine, dispatch, plan
 
 LITTLE = 1 << 21
-"""Multiply-adds of one expert that cost a CPU less than sorting rows and a call for each expert do."""
+"""Multiply-adds of one expert, all rows of a step, that cost a CPU less than sorting rows and a call for each do."""
 
 
 class Experts(FeedForward):
