@@ -7,9 +7,10 @@ the state is a file of its own beside them and shares :func:`~sextant.kernels.li
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from sextant.kernels.linear.chunked import chunked
 from sextant.kernels.linear.reference import parallel, recurrent
@@ -36,17 +37,35 @@ def linear_attention(
     """
     log = log_decay[None, :, None, None] if log_decay.dim() == 1 else log_decay.transpose(1, 2)
     q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BTHK, v_BTHV))
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        o_BHTV, after_BHKV = checkpoint(
-            _precisely, q, k, v, log, state_BHKV, chunk, use_reentrant=False, preserve_rng_state=False
-        )
+    if torch.is_grad_enabled() and q.numel() and not torch.compiler.is_compiling():
+        o_BHTV, after_BHKV = _Recomputed.apply(chunk, q, k, v, log, state_BHKV)  # type: ignore[misc]
     else:
-        o_BHTV, after_BHKV = _precisely(q, k, v, log, state_BHKV, chunk)
+        o_BHTV, after_BHKV = _precisely(chunk, q, k, v, log, state_BHKV)
     return o_BHTV.transpose(1, 2), after_BHKV
 
 
+class _Recomputed(torch.autograd.Function):
+    """:func:`_precisely` that keeps its inputs alone and runs once more in the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, chunk: int, *rows: Any) -> tuple[Tensor, Tensor]:
+        ctx.chunk = chunk
+        ctx.save_for_backward(*rows)
+        return _precisely(chunk, *rows)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        wanted = ctx.needs_input_grad[1:]
+        rows: list[Any] = [x if x is None else x.detach() for x in ctx.saved_tensors]
+        leaves = [x.requires_grad_() for x, want in zip(rows, wanted, strict=True) if want]
+        with torch.enable_grad():
+            outputs = _precisely(ctx.chunk, *rows)
+        found = iter(torch.autograd.grad(outputs, leaves, grads))
+        return None, *(next(found) if want else None for want in wanted)
+
+
 def _precisely(
-    q_BHTK: Tensor, k_BHTK: Tensor, v_BHTV: Tensor, log_decay: Tensor, state_BHKV: Tensor | None, chunk: int
+    chunk: int, q_BHTK: Tensor, k_BHTK: Tensor, v_BHTV: Tensor, log_decay: Tensor, state_BHKV: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """At least fp32, from a state; one token is the recurrence itself."""
     dtype = torch.promote_types(v_BHTV.dtype, torch.float32)

@@ -99,21 +99,17 @@ def test_la_4_gradients_equal_those_of_the_parallel_form(form, chunk):
 @pytest.mark.parametrize("form", FORMS)
 def test_la_4_gradcheck(form):
     """Through the public door, which computes the chunks again in the backward."""
-    q, k, v, log, state = (x.requires_grad_() for x in case(form, 5))
-    log = log.detach()[0, :, 0, 0] if form == "head" else log.detach().transpose(1, 2)
-    leaves = [x.detach().transpose(1, 2).requires_grad_() for x in (q, k, v)]
-    assert torch.autograd.gradcheck(
-        lambda q, k, v, log, state: linear_attention(q, k, v, log, state, 2), (*leaves, log.requires_grad_(), state)
-    )
+    q, k, v, log, state = (x[:1, :2, ..., :3] for x in case(form, 5))
+    log = log[0, :, 0, 0] if form == "head" else log.transpose(1, 2)
+    leaves = [x.clone().requires_grad_() for x in (*(x.transpose(1, 2) for x in (q, k, v)), log, state[:, :, :3])]
+    assert torch.autograd.gradcheck(lambda *rows: linear_attention(*rows, 2), leaves)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ["token", "channel"])
 def test_la_6_tokens_without_key_and_decay_leave_the_state(form):
-    """What padding would have to be: no key and no decay; a fixed decay cannot be switched off, so it has no padding."""
+    """What padding would have to be: no key, no decay. A fixed decay cannot be switched off, so nothing is padded."""
     q, k, v, log, state = case(form, 9)
     o, after = chunked(q, k, v, log, state, 4)
-    if form == "head":
-        return
     q, k, v, log = (torch.nn.functional.pad(x, (0, 0, 0, 3)) for x in (q, k, v, log))
     o_padded, after_padded = chunked(q, k, v, log, state, 4)
     equal((o_padded[:, :, :9], after_padded), (o, after))
