@@ -20,7 +20,7 @@ LEGEND = (
     "U: past blocks that the queries of one key head read; even: the same by chance",
     "mass: share of full attention's weight in what was read",
     "recall: mass over that of the best equally many blocks",
-    "peak, block 0: how often the busiest and the first block are chosen, over the mean",
+    "peak, block 0: choices of the busiest and of the first block, over the mean",
     "gradient: how evenly it reaches the prompt at the layer's input, 1 is even",
 )
 

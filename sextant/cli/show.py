@@ -159,8 +159,10 @@ def _runs(values: list[str]) -> str:
     return ", ".join(f"{len(list(run))} x {value}" for value, run in groupby(values))
 
 
-def _words(spec: Spec) -> str:
+def _words(spec: Spec | None) -> str:
     """Kind, its parts, and the fields that were set: ``gqa heads 64 kv_heads 8 head_dim 128 position rope``."""
+    if spec is None:  # a mixer projects by itself
+        return "own"
     kind = str(getattr(spec, "kind", ""))
     words = [kind]
     for name, field in type(spec).model_fields.items():
