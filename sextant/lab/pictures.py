@@ -1,0 +1,35 @@
+"""Pictures of experiments: one colour per arm, one line per seed."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sextant.core import fs
+
+
+def curves(
+    path: Path, cells: Mapping[tuple[str, int], Mapping[str, Any]], *, ylabel: str, title: str, column: int = 1
+) -> None:
+    """A PNG of the ``curve`` of every (arm, seed), and a CSV beside it; ``column`` of a point is drawn."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4))
+    axes = figure.add_subplot(xlabel="step", ylabel=ylabel, title=title)
+    arms = list(dict.fromkeys(arm for arm, _ in cells))
+    for (arm, seed), cell in cells.items():
+        points = cell["curve"]
+        label = arm if seed == min(s for a, s in cells if a == arm) else None
+        steps, values = [point[0] for point in points], [point[column] for point in points]
+        axes.plot(steps, values, color=f"C{arms.index(arm)}", alpha=0.8, linewidth=1, label=label)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=120, bbox_inches="tight")
+    fs.write_bytes(path, image.getvalue())
+    lines = [
+        f"{arm},{seed}," + ",".join(map(str, point)) for (arm, seed), cell in cells.items() for point in cell["curve"]
+    ]
+    fs.write_text(path.with_suffix(".csv"), "\n".join(["arm,seed,step,loss,right", *lines]) + "\n")
