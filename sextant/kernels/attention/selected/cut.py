@@ -85,11 +85,11 @@ class Inverted:
     @classmethod
     def of(cls, choice: Choice) -> Inverted:
         blocks_THJ, choosers = choice.blocks_THJ, choice.choosers
-        current_T11 = choice.current_T[:, None, None]
-        own_TH = (blocks_THJ == current_T11).any(-1)
+        current = choice.current_T[:, None, None]
+        own_TH = (blocks_THJ == current).any(-1)
         runs = (choice.lanes.keys - 1) // choice.block * choosers
         code_THJ = blocks_THJ * choosers + torch.arange(choosers, device=blocks_THJ.device)[:, None]
-        past_THJ = (blocks_THJ >= 0) & (blocks_THJ < current_T11)
+        past_THJ = (blocks_THJ >= 0) & (blocks_THJ < current)
         code_N, order_N = code_THJ.where(past_THJ, runs).to(torch.int32).flatten().sort(stable=True)
         starts = torch.arange(runs + 1, device=code_N.device, dtype=torch.int32)
         ends = torch.cat([torch.searchsorted(code_N, starts), own_TH.any()[None].long()]).tolist()
