@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -141,10 +140,3 @@ def sequences(heads: Heads, stream: Stream, keys: RowState | None) -> Iterator[S
         if start < stop:
             k, v = (heads.k_TGK[here], heads.v_TGV[here]) if keys is None else keys.sequence(b)
             yield Sequence(b, here, heads.q_THK[here], k, v)
-
-
-def evened(chosen: list[Tensor]) -> Tensor:
-    """The choices of all sequences, ``[T, H, J]`` each, as one tensor; those with fewer places get -1."""
-    places = max((blocks_THJ.shape[2] for blocks_THJ in chosen), default=0)
-    padded = [F.pad(blocks_THJ, (0, places - blocks_THJ.shape[2]), value=-1) for blocks_THJ in chosen]
-    return torch.cat(padded) if padded else torch.empty(0, 1, 0, dtype=torch.int64)

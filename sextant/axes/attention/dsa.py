@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from sextant.axes.attention.base import Attention, SelectingPattern, Selection, Sequence, evened, sequences
+from sextant.axes.attention.base import Attention, SelectingPattern, Selection, Sequence, sequences
 from sextant.axes.kv.base import KV, Heads
 from sextant.axes.kv.position import RoPE, Unturned
 from sextant.axes.numerics import Numerics
@@ -32,7 +32,7 @@ from sextant.core.state import JointSpec, JointState, Keys, LayerState, RowSpec,
 from sextant.core.stream import Stream
 from sextant.kernels.attention import Scores, Span, attend
 from sextant.kernels.attention.selected import attend_selected, selected_mask
-from sextant.kernels.attention.topk import choose, selected_keys
+from sextant.kernels.attention.topk import choose, even, selected_keys
 
 CHUNK = 256
 """Queries whose scores are held at once for every head."""
@@ -167,7 +167,7 @@ class DSAAttention(Attention):
         dense = self.spec.stage == "dense"
         o_THV = attend(heads.q_THK, held, stream, Span(), scores) if dense else torch.cat(outputs)
         loss = self.spec.loss_scale * torch.stack(losses).sum() if losses else None
-        return o_THV, Selection(evened(chosen), self.spec.block, loss)
+        return o_THV, Selection(even(chosen), self.spec.block, loss)
 
     def _choose(self, index_TS: Tensor, first: int) -> Tensor:
         """int64 ``[T, 1, J]``: token or block numbers; ties go to the lower."""

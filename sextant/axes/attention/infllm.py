@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from sextant.axes.attention.base import Attention, SelectingPattern, Selection, Sequence, evened, sequences
+from sextant.axes.attention.base import Attention, SelectingPattern, Selection, Sequence, sequences
 from sextant.axes.attention.rows import Rows, uncoded
 from sextant.axes.kv import GQA
 from sextant.axes.kv.base import KV, Heads
@@ -53,6 +53,7 @@ from sextant.core.state import (
 from sextant.core.stream import Stream
 from sextant.kernels.attention import Scores, Span, attend
 from sextant.kernels.attention.selected import attend_selected
+from sextant.kernels.attention.topk import even
 
 CHUNK = 256
 """Queries whose attention to their window exists at once."""
@@ -191,7 +192,7 @@ class InfLLMAttention(Attention):
             blocks_THJ = self._choose(own, q_THK, notes.part("memory", BlockState))
             outputs.append(self._with_far(own, q_THK, blocks_THJ, scores, o_THV, lse_HT).to(heads.v_TGV.dtype))
             chosen.append(blocks_THJ)
-        return torch.cat(outputs), Selection(evened(chosen), self.spec.block)
+        return torch.cat(outputs), Selection(even(chosen), self.spec.block)
 
     def _fresh(self, heads: Heads, stream: Stream) -> JointState:
         """Notes for one forward over whole sequences."""

@@ -23,7 +23,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from sextant.axes.attention.base import Attention, SelectingPattern, Selection, Sequence, evened, sequences
+from sextant.axes.attention.base import Attention, SelectingPattern, Selection, Sequence, sequences
 from sextant.axes.attention.rows import Rows, uncoded
 from sextant.axes.kv import GQA
 from sextant.axes.kv.base import KV, Heads
@@ -36,6 +36,7 @@ from sextant.core.state import BlockSpec, BlockState, JointSpec, JointState, Key
 from sextant.core.stream import Stream
 from sextant.kernels.attention import Scores, Span, attend
 from sextant.kernels.attention.selected import attend_selected
+from sextant.kernels.attention.topk import even
 from sextant.kernels.attention.truth import block_truth
 
 
@@ -333,7 +334,7 @@ class SeerAttention(Attention):
             blocks_THJ = self._choose(own, uncoded(heads.plain_q_THK)[own.here], plain_SGK, gates)
             outputs.append(attend_selected(own.q_THK, own.k_SGK, own.v_SGV, blocks_THJ, self.spec.block, scores)[0])
             chosen.append(blocks_THJ)
-        return torch.cat(outputs), Selection(evened(chosen), self.spec.block)
+        return torch.cat(outputs), Selection(even(chosen), self.spec.block)
 
     @torch.no_grad()
     def _choose(self, own: Sequence, plain_THK: Tensor, plain_SGK: Tensor, gates: BlockState | None) -> Tensor:
@@ -360,7 +361,7 @@ class SeerAttention(Attention):
             chosen.append(self._pick(scores_NHM.detach(), rows))
         o_THV = attend(heads.q_THK, Keys(heads.k_TGK, heads.v_TGV), stream, Span(), scores)
         loss = spec.loss_scale * torch.stack(losses).sum()
-        return o_THV, Selection(evened(chosen), spec.block, loss)
+        return o_THV, Selection(even(chosen), spec.block, loss)
 
     def _target(self, truth_THM: Tensor, rows: Rows) -> Tensor:
         """``[N, H, M]``: block maxima over the queries of a row and the heads of a chooser, which add up to 1."""
