@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from cases import examples, model_spec, params, random_tokens
+from cases import allowed, examples, model_spec, params, random_tokens
 from torch import Tensor
 
 from sextant.axes.attention import TABLE as ATTENTION
-from sextant.axes.attention import Full, Window
+from sextant.axes.attention import Full, Mixer, Window
 from sextant.axes.capacity import Dense, Experts, LatentExperts
 from sextant.axes.kv import GQA, ALiBi, NoPE, RoPE
 from sextant.axes.numerics import BF16, FP32
@@ -19,7 +19,6 @@ from sextant.kernels.grouped import grouped_linear, grouped_linear_reference
 from sextant.kernels.loss import summed_loss, token_losses
 from sextant.kernels.norm import rms_norm, rms_norm_reference
 from sextant.kernels.permute import combine, dispatch, plan
-from sextant.model.checks import check
 from sextant.model.spec import Layer
 from sextant.train import checkpoint
 
@@ -30,6 +29,7 @@ KVS = (
     GQA(heads=6, kv_heads=1, head_dim=16, position=NoPE(), qk_norm=RMSNorm()),
     GQA(heads=4, kv_heads=4, head_dim=16, position=RoPE(fraction=0.5, layout="interleaved")),
     GQA(heads=6, kv_heads=2, head_dim=16, position=ALiBi()),
+    GQA(heads=6, kv_heads=2, head_dim=24, v_head_dim=16),
 )
 DENSE = Dense(hidden=64)
 MIXTURES = (
@@ -40,11 +40,9 @@ MIXTURES = (
 
 def combinations():
     for attention in examples(ATTENTION):
-        for kv in KVS:
-            layer = Layer(attention=attention, kv=kv, feed_forward=DENSE)  # type: ignore[arg-type]
-            if not (isinstance(kv.position, ALiBi) and isinstance(attention, Window) and attention.sinks):
+        for kv in (None,) if isinstance(attention, Mixer) else KVS:
+            if allowed(attention, kv):
                 yield attention, kv
-                check(model_spec(layer, width=32))
 
 
 ALL = params(combinations())
@@ -95,8 +93,14 @@ def near(got: Tensor, want: Tensor, tolerance: float = 2e-2) -> None:
     assert error <= tolerance, f"off by {error:.2e} in the root mean square"
 
 
+def without_choice(attention):
+    """Rounded queries and keys decide near-ties otherwise; where every block is chosen nothing hangs on that."""
+    return attention.replace(top_k=64) if "top_k" in type(attention).model_fields else attention
+
+
 @pytest.mark.parametrize(("attention", "kv"), ALL)
 def test_bf16_packed_chunked_and_decoded_agree(attention, kv):
+    attention = without_choice(attention)
     model, exact = build(attention, kv, numerics=BF16()), build(attention, kv)
     tokens_T, lengths = random_tokens(48), [17, 1, 30]
     want_TP = run(exact, tokens_T, lengths)

@@ -167,7 +167,9 @@ def _block_mask(window: int, blocks: int, device: torch.device) -> Tensor:
 
 
 def _on_gpu(q_THK: Tensor, keys: Keys, stream: Stream, span: Span, scores: Scores) -> Tensor:
-    """Half precision on a GPU: the batched kernel for equal rows without a window, else the variable-length one."""
+    """Half precision on a GPU: the batched kernel for equal rows without a window, else the variable-length one, which
+    wants keys and values of one width.
+    """
     if stream.rows and (span.window is None or span.window >= stream.max_len):
         q, k, v = (x.unflatten(0, (stream.rows, -1)).transpose(1, 2) for x in (q_THK, keys.k, keys.v))
         return _sdpa(q, k, v, scores.scale, causal=True).transpose(1, 2).flatten(0, 1)
@@ -175,8 +177,10 @@ def _on_gpu(q_THK: Tensor, keys: Keys, stream: Stream, span: Span, scores: Score
 
     cu, longest = stream.cu_seqlens, stream.max_len
     left = -1 if span.window is None else span.window - 1
-    o_THV = varlen_attn(q_THK, keys.k, keys.v, cu, cu, longest, longest, scale=scores.scale, window_size=(left, 0))
-    return cast(Tensor, o_THV)
+    wide, v_dim = max(keys.k.shape[2], keys.v.shape[2]), keys.v.shape[2]
+    q, k, v = (x if x.shape[2] == wide else F.pad(x, (0, wide - x.shape[2])) for x in (q_THK, keys.k, keys.v))
+    o_THV = cast(Tensor, varlen_attn(q, k, v, cu, cu, longest, longest, scale=scores.scale, window_size=(left, 0)))
+    return o_THV[..., :v_dim]
 
 
 def _from_state(q_THK: Tensor, keys: Keys, stream: Stream, span: Reach, scores: Scores) -> Tensor:
