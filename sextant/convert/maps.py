@@ -37,6 +37,8 @@ def _unstack_transposed(stack: Tensor, ways: int) -> list[Tensor]:
 
 SAME = Move(join=lambda parts, ways: parts[0], split=lambda tensor, ways: [tensor])
 STACK = Move(join=_stack_transposed, split=_unstack_transposed)
+ROWS = Move(join=lambda parts, ways: torch.cat(list(parts)), split=lambda tensor, ways: list(tensor.chunk(ways)))
+PER_HEAD = Move(join=lambda parts, ways: parts[0].flatten(), split=lambda tensor, ways: [tensor.view(1, 1, -1, 1)])
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,32 @@ LIGHTNING = (  # rows of qkv go by head on both sides
     Row("blocks.{i}.attention.mixer.gate.weight", "model.layers.{i}.self_attn.output_gate.weight"),
     Row("blocks.{i}.attention.mixer.o.weight", "model.layers.{i}.self_attn.out_proj.weight"),
     Row("blocks.{i}.attention.mixer.norm.gain", "model.layers.{i}.self_attn.norm.weight"),
+)
+_GATED_DELTA = "model.layers.{i}.linear_attn"
+GATED_DELTA = (  # Qwen3-Next's linear layers; rows of qkvz and ba go by key head on both sides
+    Row("blocks.{i}.attention.mixer.qkvz.weight", f"{_GATED_DELTA}.in_proj_qkvz.weight"),
+    Row("blocks.{i}.attention.mixer.ba.weight", f"{_GATED_DELTA}.in_proj_ba.weight"),
+    Row("blocks.{i}.attention.mixer.core.conv.weight", f"{_GATED_DELTA}.conv1d.weight"),
+    Row("blocks.{i}.attention.mixer.forget.rate_log_H", f"{_GATED_DELTA}.A_log"),
+    Row("blocks.{i}.attention.mixer.forget.bias", f"{_GATED_DELTA}.dt_bias"),
+    Row("blocks.{i}.attention.mixer.norm.gain", f"{_GATED_DELTA}.norm.weight"),
+    Row("blocks.{i}.attention.mixer.o.weight", f"{_GATED_DELTA}.out_proj.weight"),
+)
+_KDA = "model.layers.{i}.self_attn"
+KDA = (  # Kimi Linear's
+    Row("blocks.{i}.attention.mixer.q.weight", f"{_KDA}.q_proj.weight"),
+    Row("blocks.{i}.attention.mixer.k.weight", f"{_KDA}.k_proj.weight"),
+    Row("blocks.{i}.attention.mixer.v.weight", f"{_KDA}.v_proj.weight"),
+    Row("blocks.{i}.attention.mixer.beta.weight", f"{_KDA}.b_proj.weight"),
+    Row("blocks.{i}.attention.mixer.decay_down.weight", f"{_KDA}.f_a_proj.weight"),
+    Row("blocks.{i}.attention.mixer.decay_up.weight", f"{_KDA}.f_b_proj.weight"),
+    Row("blocks.{i}.attention.mixer.gate_down.weight", f"{_KDA}.g_a_proj.weight"),
+    Row("blocks.{i}.attention.mixer.gate_up.weight", f"{_KDA}.g_b_proj.weight"),
+    Row("blocks.{i}.attention.mixer.core.conv.weight", tuple(f"{_KDA}.{x}_conv1d.weight" for x in "qkv"), ROWS),
+    Row("blocks.{i}.attention.mixer.forget.rate_log_H", f"{_KDA}.A_log", PER_HEAD),
+    Row("blocks.{i}.attention.mixer.forget.bias", f"{_KDA}.dt_bias"),
+    Row("blocks.{i}.attention.mixer.norm.gain", f"{_KDA}.o_norm.weight"),
+    Row("blocks.{i}.attention.mixer.o.weight", f"{_KDA}.o_proj.weight"),
 )
 _INDEXER = "model.layers.{i}.self_attn.indexer"
 INDEXER = (

@@ -11,9 +11,11 @@ from sextant.axes.attention.dilated import Dilated
 from sextant.axes.attention.dsa import DSA
 from sextant.axes.attention.fixed import Fixed
 from sextant.axes.attention.full import Full
+from sextant.axes.attention.gated_delta import GatedDelta
 from sextant.axes.attention.gla import GLA
 from sextant.axes.attention.infllm import InfLLM
 from sextant.axes.attention.infllm_v2 import InfLLMV2
+from sextant.axes.attention.kda import KDA
 from sextant.axes.attention.lightning import Lightning
 from sextant.axes.attention.longformer import Longformer
 from sextant.axes.attention.moa import MoA
@@ -29,7 +31,7 @@ from sextant.axes.stability import RMSNorm
 from sextant.core.table import Row, Table
 
 Static = Full | Window | Dilated | BlockLocal | Strided | Fixed | Longformer | BigBird | MoA | LearnedSink
-Linear = Lightning | RetNet | GLA
+Linear = Lightning | RetNet | GLA | GatedDelta | KDA
 Chosen = MoBA | NSA | InfLLMV2 | DSA | Seer | SeerR | InfLLM
 AnyAttention = Annotated[Static | Chosen | Linear, Field(discriminator="kind")]
 
@@ -214,12 +216,26 @@ TABLE = Table(
                 GLA(heads=3, head_dim=5, value_dim=4, temperature=1.0, chunk=7),
             ),
         ),
+        Row(
+            GatedDelta,
+            "no keys: a state that corrects what it answers to each key, and decays per head",
+            "2412.06464; Qwen3-Next",
+            (
+                GatedDelta(key_heads=2, value_heads=4, head_dim=5, value_dim=4, chunk=4),
+                GatedDelta(key_heads=3, value_heads=3, head_dim=4, value_dim=6, taps=2),
+            ),
+        ),
+        Row(
+            KDA,
+            "no keys: a state that corrects what it answers to each key, and decays per channel",
+            "2510.26692",
+            (KDA(heads=3, head_dim=5, chunk=4), KDA(heads=2, head_dim=6, taps=3, chunk=7)),
+        ),
     ),
 )
 
 __all__ = [
-    "DSA", "GLA", "NSA", "TABLE", "AnyAttention", "BigBird", "BlockLocal", "Dilated", "Fixed", "Full", "InfLLM",
-    "InfLLMV2",
-    "LearnedSink", "Lightning", "Longformer", "Mixer", "MoA", "MoBA", "Pattern", "RetNet", "Seer", "SeerR", "Selection",
-    "Strided", "Window",
+    "DSA", "GLA", "KDA", "NSA", "TABLE", "AnyAttention", "BigBird", "BlockLocal", "Dilated", "Fixed", "Full",
+    "GatedDelta", "InfLLM", "InfLLMV2", "LearnedSink", "Lightning", "Longformer", "MLPPhi", "MeanPhi", "Mixer", "MoA",
+    "MoBA", "Pattern", "RetNet", "Seer", "SeerR", "Selection", "Strided", "Window",
 ]
