@@ -93,7 +93,7 @@ def _part(mask: TileMask, row_N: Tensor, column_NM: Tensor, tile: int, lanes: La
     inside = torch.arange(tile, device=row_N.device)
     q_NT, k_NS = row_N[:, None] * tile + inside, (column_NM[..., None] * tile + inside).flatten(1)
     lane_M = torch.arange(lanes.count, device=row_N.device).repeat(len(row_N))
-    token_NT = (q_NT - lanes.first).masked_fill((q_NT < lanes.first) | (q_NT >= lanes.keys), -1)
+    token_NT = (q_NT - lanes.first).masked_fill(q_NT >= lanes.keys, -1)
     token_MT, place_MS = (x.repeat_interleave(lanes.count, dim=0) for x in (token_NT, k_NS))
     visible_NHTS = mask.visible(q_NT, k_NS) & (q_NT[..., None] >= k_NS[:, None])[:, None]
     visible_MTS = _by_lanes(visible_NHTS, lanes)
