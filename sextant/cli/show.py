@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import groupby
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -142,7 +144,18 @@ def minus(a: Cost, b: Cost) -> Cost:
 
 def column(model: ModelSpec, axis: str) -> str:
     """One axis down the layers, as ``13 x (5 x window 512, 1 x full)``."""
-    return pattern([_words(getattr(layer, axis)) for layer in model.layers])
+    parts: list[Spec | None] = [getattr(layer, axis) for layer in model.layers]
+    return pattern([_words(part, _ramps(parts)) for part in parts])
+
+
+def _ramps(parts: list[Spec | None]) -> dict[tuple[str, str], str]:
+    """Kind and field of numbers that go through many values over the layers, with the first and the last of them."""
+    values: dict[tuple[str, str], list[float]] = {}
+    for part in parts:
+        for name in type(part).model_fields if part is not None else ():
+            if isinstance(value := getattr(part, name), float):
+                values.setdefault((str(getattr(part, "kind", "")), name), []).append(value)
+    return {key: f"{run[0]:g} to {run[-1]:g}" for key, run in values.items() if len(set(run)) > 2}
 
 
 def pattern(values: list[str]) -> str:
@@ -159,7 +172,7 @@ def _runs(values: list[str]) -> str:
     return ", ".join(f"{len(list(run))} x {value}" for value, run in groupby(values))
 
 
-def _words(spec: Spec | None) -> str:
+def _words(spec: Spec | None, ramps: Mapping[tuple[str, str], str] = MappingProxyType({})) -> str:
     """Kind, its parts, and the fields that were set: ``gqa heads 64 kv_heads 8 head_dim 128 position rope``."""
     if spec is None:  # a mixer projects by itself
         return "own"
@@ -168,7 +181,7 @@ def _words(spec: Spec | None) -> str:
     for name, field in type(spec).model_fields.items():
         value = getattr(spec, name)
         if name != "kind" and (hasattr(value, "kind") or field.is_required() or value != field.default):
-            words += [name] * (name != kind) + [_word(value)] * (value is not True)
+            words += [name] * (name != kind) + [ramps.get((kind, name)) or _word(value)] * (value is not True)
     return " ".join(words)
 
 

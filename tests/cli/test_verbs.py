@@ -89,6 +89,13 @@ def test_show_json_and_its_operating_point(sextant: Any):
     assert facts["columns"]["attention"] == "13 x (5 x window 512, 1 x full)"
 
 
+def test_show_sums_up_what_changes_from_layer_to_layer(sextant: Any):
+    """Seventy lightning layers with seventy decays are one line."""
+    attention = json.loads(sextant("show", "minimax-text-01", "--json")[1])["columns"]["attention"]
+    assert attention.startswith("10 x (7 x lightning heads 64 head_dim 128 fade 1.00001 to 0.0126682")
+    assert attention.endswith("1 x full)")
+
+
 def test_show_yaml_is_a_run_file_that_show_reads(sextant: Any, tmp_path: Path):
     file = tmp_path / "run.yaml"
     file.write_text(sextant("show", "gemma-3-1b", "--size", "twin", "--set", "seed=9", "--yaml")[1], encoding="utf-8")
