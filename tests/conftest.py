@@ -5,6 +5,9 @@ import os
 import pytest
 import torch
 from hypothesis import settings
+from tally import table, tally
+
+from sextant.axes.attention import TABLE
 
 settings.register_profile("sextant", max_examples=25, deadline=None, derandomize=True, database=None)
 settings.load_profile("sextant")
@@ -23,6 +26,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_configure(config: pytest.Config) -> None:
     """Small tensors gain nothing from threads, and workers beside each other lose by them."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Where contract tests ran, their counts by row and check; workers report to the process that prints this."""
+    stats, kinds = terminalreporter.stats, [row.name for row in TABLE]
+    passed, failed = (
+        tally([report.nodeid for outcome in outcomes for report in stats.get(outcome, [])], kinds)
+        for outcomes in (["passed"], ["failed", "error"])
+    )
+    if passed or failed:
+        terminalreporter.section("contracts: checks passed, by row of axis 1")
+        for line in table(passed, failed, kinds):
+            terminalreporter.write_line(line)
 
 
 @pytest.fixture(autouse=True)
