@@ -66,8 +66,8 @@ class GatedDelta(Mixer):
         keys, _, values = self.shape.parts
         matrices = Cost.of_matrix(width, 2 * (keys + values + self.value_heads), at)
         matrices += Cost.of_matrix(values, width, at)
-        # the projection, of which the gate is a part; the gate after SiLU, and the output before and after its norm
-        kept = Cost(activation_bytes=at.itemsize * 2 * (keys + values) + 4 * 3 * values)
+        # in fp32: the gate's logits, the gate, and the output before and after its norm
+        kept = Cost(activation_bytes=4 * 4 * values)
         parts = self.shape.cost(at) + forget_cost(self.value_heads, 1) + self.norm.cost(self.value_dim, at)
         return matrices + kept + parts
 

@@ -60,7 +60,7 @@ class KDA(Mixer):
         """
         matrices = Cost.of_matrix(width, 3 * self.inner + 2 * self.head_dim + self.heads, at)
         matrices += Cost.of_matrix(self.inner, width, at) + 2 * Cost.of_matrix(self.head_dim, self.inner, at)
-        # the gate's logits in fp32 and after the sigmoid, and the output before and after its norm
+        # in fp32: the gate, and the output before and after its norm
         kept = Cost(activation_bytes=4 * 3 * self.inner)
         parts = self.shape.cost(at) + forget_cost(self.heads, self.head_dim) + self.norm.cost(self.head_dim, at)
         return matrices + kept + parts
