@@ -1,18 +1,19 @@
 """Linear attention with decay: ``S_t = diag(decay_t) S_{t-1} + k_t v_t^T``, ``o_t = q_t S_t``.
 
 One machinery for a fixed decay per head (lightning, RetNet), one per token, and one per token and key channel (GLA).
-``reference.py`` is the definition, ``chunked.py`` the form with work linear in T; a recurrence with another update of
-the state is a file of its own beside them and shares :func:`~sextant.kernels.linear.chunked.carry` where it fits.
+``reference.py`` is the definition, ``chunked.py`` the form with work linear in T. The delta rule, which corrects the
+state instead of adding to it, is ``delta.py`` beside them.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from sextant.kernels.linear.chunked import chunked
+from sextant.kernels.linear.recompute import recomputed
 from sextant.kernels.linear.reference import parallel, recurrent
 
 __all__ = ["chunked", "linear_attention", "parallel", "recurrent"]
@@ -37,31 +38,8 @@ def linear_attention(
     """
     log = log_decay[None, :, None, None] if log_decay.dim() == 1 else log_decay.transpose(1, 2)
     q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BTHK, v_BTHV))
-    if torch.is_grad_enabled() and q.numel() and not torch.compiler.is_compiling():
-        o_BHTV, after_BHKV = _Recomputed.apply(chunk, q, k, v, log, state_BHKV)  # type: ignore[misc]
-    else:
-        o_BHTV, after_BHKV = _precisely(chunk, q, k, v, log, state_BHKV)
+    o_BHTV, after_BHKV = recomputed(partial(_precisely, chunk), q, k, v, log, state_BHKV)
     return o_BHTV.transpose(1, 2), after_BHKV
-
-
-class _Recomputed(torch.autograd.Function):
-    """:func:`_precisely` that keeps its inputs alone and runs once more in the backward."""
-
-    @staticmethod
-    def forward(ctx: Any, chunk: int, *rows: Any) -> tuple[Tensor, Tensor]:
-        ctx.chunk = chunk
-        ctx.save_for_backward(*rows)
-        return _precisely(chunk, *rows)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        wanted = ctx.needs_input_grad[1:]
-        rows: list[Any] = [x if x is None else x.detach() for x in ctx.saved_tensors]
-        leaves = [x.requires_grad_() for x, want in zip(rows, wanted, strict=True) if want]
-        with torch.enable_grad():
-            outputs = _precisely(ctx.chunk, *rows)
-        found = iter(torch.autograd.grad(outputs, leaves, grads))
-        return None, *(next(found) if want else None for want in wanted)
 
 
 def _precisely(
