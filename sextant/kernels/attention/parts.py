@@ -66,7 +66,7 @@ class Lanes:
         return self.heads // self.count
 
     def rows(self, token_MT: Tensor, lane_M: Tensor) -> Tensor:
-        """Rows of a :class:`Part` for tokens of lanes, a negative one for none: the heads of a token follow each other."""
+        """Rows of a :class:`Part` for tokens of lanes, negative for none: the heads of a token follow each other."""
         head_MH = lane_M[:, None] * self.share + torch.arange(self.share, device=lane_M.device)
         rows_MTH = token_MT[..., None] * self.heads + head_MH[:, None]
         return rows_MTH.masked_fill(token_MT[..., None] < 0, self.tokens * self.heads).flatten(1)
