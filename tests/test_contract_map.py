@@ -84,7 +84,7 @@ def kvs() -> list[KV]:
 
 
 def refusals() -> set[tuple[str, str, str, str, str]]:
-    """Row, KV option, field, reason and remedy of all pairs of examples that a rule refuses; a number in a reason reads n."""
+    """Row, KV option, field, reason and remedy of pairs of examples that a rule refuses; numbers in reasons read n."""
     found = set()
     for attention in examples(TABLE):
         for kv in kvs() if not isinstance(attention, Mixer) else []:
