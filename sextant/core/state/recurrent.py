@@ -57,6 +57,10 @@ class RecurrentState(LayerState):
         if not self.undo:
             return
         held = self.rows[b]
+        if not held and len(rows[0]) > 2 * self.undo:  # a prompt: only its end can be taken back, and is copied out
+            self.base[b] = fold(self.base[b], tuple(x[: -self.undo] for x in rows))
+            self.rows[b] = tuple(x[-self.undo :].clone() for x in rows)
+            return
         self.rows[b] = tuple(torch.cat(pair) for pair in zip(held, rows, strict=True)) if held else rows
         spare = len(self.rows[b][0]) - self.undo
         if spare > self.undo:  # let the older state catch up now and then, not at every token
