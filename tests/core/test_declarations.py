@@ -108,7 +108,7 @@ def test_a_bad_override_names_its_place(assignment, words):
         (lambda d: d["layers"][0]["attention"].update(window=0), ["layers[0].attention.window (got 0)"]),
         (lambda d: d["layers"][3]["feed_forward"].update(experts=0), ["layers[3].feed_forward.experts (got 0)"]),
         (lambda d: d["layers"][2].pop("kv"), ["layers[2]", "window needs kv"]),
-        (lambda d: d["layers"][0]["attention"].update(kind="sliding"), ["unknown kind: layers[0].attention.kind", "got sliding", "Did you mean"]),
+        (lambda d: d["layers"][0]["attention"].update(kind="sliding"), ["layers[0].attention.kind (got sliding). Did"]),
         (lambda d: balance(d)[1].update(kind="zz"), ["layers[3].feed_forward.balance[1].kind"]),
         (lambda d: balance(d)[0].update(scope="world"), ["layers[3].feed_forward.balance[0].scope"]),
         (lambda d: d.update(width="16"), ["width", '"16"']),

@@ -50,7 +50,7 @@ class MoA(StaticPattern):
         elastic = [Elastic(a, b, self.sinks, self.block) for a, b in zip(self.alpha, self.beta, strict=True)]
         if self.length is None:
             return tuple(elastic)
-        place = torch.tensor(self.length - 1)
+        place = torch.tensor(self.length - 1, device="cpu")  # a number is wanted, also under the meta device
         return tuple(Span(int(reach.window(place)), self.sinks) for reach in elastic)
 
     def clashes(self, kv: KV, context: int) -> Iterator[tuple[str, str, str]]:
