@@ -8,6 +8,7 @@ does not (spec sparse-attention T20).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -87,10 +88,11 @@ def learn(
     rate: float = 3e-3,
     say: Callable[[str], None] = lambda line: None,
     every: int = 20,
+    enough: float = math.inf,
 ) -> list[Point]:
     """Train for so many steps, on one lesson after another: the next begins when the last ``every`` steps were nearly
-    all right, so that easy rows teach the way to hard ones and no arm waits longer than it needs. The last lesson is
-    kept. The same seed gives the same rows as long as lessons agree.
+    all right, so that easy rows teach the way to hard ones. Ends early when the last lesson's share of right answers
+    passes ``enough``. The same seed gives the same rows as long as lessons agree.
 
     Returns:
         The curve: points of the last lesson say how well it is solved; before it is reached, the share is 0.
@@ -108,11 +110,14 @@ def learn(
         optimiser.zero_grad()
         recent = [*recent, right][-every:]
         mean = sum(recent) / len(recent)
-        if step % every == 0 or step == steps:
-            last = lesson == len(lessons) - 1
+        last, whole = lesson == len(lessons) - 1, len(recent) == every
+        done = step == steps or (last and whole and mean > enough)
+        if step % every == 0 or done:
             curve.append((step, loss.item(), mean if last else 0.0))
             say(f"{model.spec.name} seed {seed} step {step} lesson {lesson} loss {loss.item():.3f} right {mean:.2f}")
-        if mean > PASSED and len(recent) == every and lesson < len(lessons) - 1:
+        if done:
+            break
+        if not last and whole and mean > PASSED:
             lesson, recent = lesson + 1, []
     return curve
 
