@@ -35,7 +35,7 @@ class GatedDelta(Mixer):
         chunk: tokens whose corrections are solved for at once; changes the speed alone.
     """
 
-    kind: Literal["gated-delta"] = "gated-delta"
+    kind: Literal["gated_delta"] = "gated_delta"
     key_heads: int = Field(ge=1)
     value_heads: int = Field(ge=1)
     head_dim: int = Field(ge=1)

@@ -98,7 +98,7 @@ def kda_by_hand(spec: KDA, module, x_TD: Tensor) -> Tensor:
     return torch.cat(heads, -1) @ module.o.weight.t()
 
 
-BY_HAND = {"gated-delta": gated_delta_by_hand, "kda": kda_by_hand}
+BY_HAND = {"gated_delta": gated_delta_by_hand, "kda": kda_by_hand}
 
 
 @pytest.mark.parametrize("spec", params(MIXERS))
@@ -183,7 +183,7 @@ def test_flops_are_those_of_the_counter(spec, tokens):
     expected = spec.cost(WIDTH, At(tokens, itemsize=4)).flops * tokens
     expected -= shape.value_heads * 2 * (k_dim + v_dim) * below  # solver
     expected += shape.value_heads * 2 * v_dim * below  # upper triangle of the product with corrections
-    if spec.kind == "gated-delta":
+    if spec.kind == "gated_delta":
         expected += shape.value_heads * (4 * k_dim * below + 2 * k_dim * tokens)  # overlaps and scores, whole squares
     else:
         expected -= shape.value_heads * 2 * k_dim * tokens  # a token's score of itself
