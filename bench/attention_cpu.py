@@ -179,11 +179,11 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     figure, grid = plt.subplots(len(jobs), 2, figsize=(10, 3.8 * len(jobs)), squeeze=False)
     for (seconds, memory), job in zip(grid, jobs, strict=True):
         for kind in dict.fromkeys(row["kind"] for row in rows):
-            here = [row for row in rows if (row["kind"], row["job"]) == (kind, job) and "seconds" in row]
+            here = [row for row in rows if (row["kind"], row["job"]) == (kind, job) and "work_seconds" in row]
             lengths = [row["tokens"] for row in here]
-            seconds.plot(lengths, [row["seconds"] for row in here], "o-", markersize=3, label=kind)
+            seconds.plot(lengths, [row["work_seconds"] for row in here], "o-", markersize=3, label=kind)
             memory.plot(lengths, [max(1, row["bytes"]) / 2**20 for row in here], "o-", markersize=3, label=kind)
-        seconds.set(title=f"Seconds of a step, one {job}", xlabel="sequence length", yscale="log")
+        seconds.set(title=f"Seconds of work (all threads) of a step, one {job}", xlabel="sequence length", yscale="log")
         memory.set(title=f"MiB that a step adds, one {job}", xlabel="sequence length", yscale="log")
     for axes in grid.flat:
         axes.grid(alpha=0.3)
@@ -191,10 +191,11 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     grid[0, 0].legend()
     figure.tight_layout()
     figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 def save(rows: list[dict[str, Any]], out: Path, device: str) -> None:
-    settings = "; ".join(f"{kind}: {pattern!r}" for kind, pattern in KINDS.items())
+    settings = "; ".join(f"{kind}: {pattern.model_dump_json(exclude_defaults=True)}" for kind, pattern in KINDS.items())
     shape = f"{HEADS} heads of {HEAD_DIM}, {GROUPS} KV heads, width {WIDTH}; the model has {LAYERS} layers"
     tables = "\n\n".join(table(rows, job) for job in dict.fromkeys(row["job"] for row in rows))
     out.with_suffix(".md").write_text(f"{machine(device)}\n\n{shape}. {settings}\n\n{tables}\n")
