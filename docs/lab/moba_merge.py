@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sextant.axes.attention import Full, MoBA
-from sextant.axes.attention.base import Attention, sequences
+from sextant.axes.attention.base import Attention
 from sextant.axes.capacity import Dense
 from sextant.axes.kv import GQA
 from sextant.axes.stability import NormalInit, RMSNorm
@@ -27,46 +27,42 @@ BLOCK, TASK = 8, PhoneBook(pairs=8, book=16, gap=48)
 ARMS = ("full", "log-sum-exp", "sum", "gate")
 
 
-def merged(q_THK: Tensor, k_SGK: Tensor, v_SGV: Tensor, scale: float, how: str) -> Tensor:
-    """Every block attended apart, then merged: ``o_THV``."""
-    place_T = torch.arange(len(q_THK))
-    parts, weights = [], []
-    for start in range(0, len(k_SGK), BLOCK):
-        mask_TS = (place_T >= start) & (place_T < start + BLOCK) & (place_T <= place_T[:, None])
-        o_THV, lse_HT = attend_dense(q_THK, k_SGK, v_SGV, mask_TS, Scores(scale))
-        mean_HK = k_SGK[start : start + BLOCK].mean(0).repeat_interleave(q_THK.shape[1] // k_SGK.shape[1], 0)
-        gate_HT = torch.einsum("thk,hk->ht", q_THK, mean_HK).masked_fill(lse_HT == -torch.inf, -torch.inf)
-        parts.append(o_THV)
-        weights.append({"log-sum-exp": lse_HT, "gate": gate_HT, "sum": lse_HT}[how])
-    weights_MHT = torch.stack(weights)
-    shares_MHT = (weights_MHT > -torch.inf).to(q_THK.dtype) if how == "sum" else weights_MHT.softmax(0)
-    return torch.einsum("mht,mthv->thv", shares_MHT, torch.stack(parts))
+def merged(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, scale: float, how: str) -> Tensor:
+    """Every block attended apart, causally, then merged: ``o_BTHV``. Rows are whole blocks."""
+    length = q_BTHK.shape[1]
+    scores = torch.einsum("bthk,bshk->bhts", q_BTHK, k_BTHK) * scale
+    hidden = torch.ones(length, length, dtype=torch.bool).triu(1)
+    blocks = scores.masked_fill(hidden, -torch.inf).unflatten(-1, (-1, BLOCK))
+    lse = blocks.logsumexp(-1)
+    apart = torch.exp(blocks - lse.masked_fill(lse == -torch.inf, 0.0)[..., None])
+    means = k_BTHK.unflatten(1, (-1, BLOCK)).mean(2)
+    gate = torch.einsum("bthk,bmhk->bhtm", q_BTHK, means).masked_fill(lse == -torch.inf, -torch.inf)
+    share = {"log-sum-exp": lse.softmax(-1), "gate": gate.softmax(-1), "sum": torch.ones_like(lse)}[how]
+    return torch.einsum("bhts,bshv->bthv", (apart * share[..., None]).flatten(-2), v_BTHV)
 
 
 class Merged(Attention):
-    """All blocks, in MoBA's place."""
+    """All blocks of rows of one length, in MoBA's place; for training only."""
 
     def __init__(self, how: str):
         super().__init__()
         self.how = how
 
     def forward(self, heads, x_TD, stream, scores, state):
-        outputs = [
-            merged(own.q_THK, own.k_SGK, own.v_SGV, scores.scale, self.how) for own in sequences(heads, stream, None)
-        ]
-        return torch.cat(outputs), None
+        rows = (x.unflatten(0, (stream.rows, -1)) for x in (heads.q_THK, heads.k_TGK, heads.v_TGV))
+        return merged(*rows, scores.scale, self.how).flatten(0, 1), None
 
 
 def on_random_numbers() -> list[list[str]]:
     """Every block chosen, 10 blocks: size of the output and distance from full attention."""
     torch.manual_seed(0)
-    q, k, v = (torch.randn(10 * BLOCK, 4, 16, dtype=torch.float64) for _ in range(3))
+    q, k, v = (torch.randn(1, 10 * BLOCK, 4, 16, dtype=torch.float64) for _ in range(3))
     causal_TS = torch.ones(10 * BLOCK, 10 * BLOCK, dtype=torch.bool).tril()
-    full_THV, _ = attend_dense(q, k, v, causal_TS, Scores(0.25))
+    full_THV, _ = attend_dense(q[0], k[0], v[0], causal_TS, Scores(0.25))
     late = slice(9 * BLOCK, None)
     rows = []
     for how in ARMS[1:]:
-        o_THV = merged(q, k, v, 0.25, how)
+        o_THV = merged(q, k, v, 0.25, how)[0]
         size = (o_THV[late].square().mean() / full_THV[late].square().mean()).sqrt()
         rows.append([how, f"{(o_THV - full_THV).abs().max():.1e}", f"{size:.2f}"])
     return rows

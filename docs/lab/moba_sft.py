@@ -30,7 +30,7 @@ from sextant.model.spec import ModelSpec, stack
 from sextant.model.switch import attending, switch
 from sextant.model.transformer import Transformer
 
-DEEP, SHALLOW = 6, 4
+DEEP, SHALLOW = 6, 2
 PATTERNS = {
     "full": (Full(), Full()),
     "moba": (MoBA(block=16, top_k=2),) * 2,
@@ -73,7 +73,7 @@ def small(patterns: tuple[Spec, Spec]) -> ModelSpec:
 def base(seed: int) -> dict[str, torch.Tensor]:
     """Weights that know the phone book, learnt with full attention."""
     model = small(PATTERNS["full"]).build(seed=seed)
-    curve = learn(model, BASE, 1000, seed, enough=0.99)
+    curve = learn(model, BASE, 1500, seed, enough=0.99)
     print(f"base, seed {seed}: {curve[-1][2]:.2f} right", flush=True)
     return {name: value.clone() for name, value in model.state_dict().items()}
 
