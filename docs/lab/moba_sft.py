@@ -1,6 +1,6 @@
 """Why does sparse attention learn slowly when few tokens carry loss, and do full last layers repair it?
 
-    python docs/lab/moba_sft.py out/        # about 15 minutes on two cores; resumes
+    python docs/lab/moba_sft.py out/        # about 15 minutes on one core; resumes
 
 First the gradient's evenness over the prompt, by depth, when 10 of 1,024 tokens carry loss (six layers, fresh weights).
 Then fine-tuning: a model that has learnt the phone book with full attention is taught another habit (every number is to
