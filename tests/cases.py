@@ -15,6 +15,7 @@ from sextant.axes.attention import Full, Mixer
 from sextant.axes.capacity import Dense, Experts, FeedForward
 from sextant.axes.kv import GQA, KV, POSITIONS
 from sextant.axes.kv import TABLE as KVS
+from sextant.axes.numerics import Numerics
 from sextant.axes.routing import SoftmaxTopK
 from sextant.axes.stability import NormalInit, PreNorm
 from sextant.core.errors import UsageError
@@ -128,3 +129,25 @@ def chunked(model: Transformer, tokens_T: Tensor, sizes: Iterable[int], memory: 
 def close(got: Tensor, want: Tensor, tolerance: float = 1e-11) -> None:
     """Equal within an absolute and relative tolerance; 1e-11 suits fp64."""
     torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+
+
+def kept_bytes(spec: Mixer, numerics: Numerics, tokens: int) -> int:
+    """Distinct memory that autograd keeps, less parameters, their casts and the input."""
+    module = spec.build(64, numerics)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    owned = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+    shapes = {tuple(p.shape) for p in module.parameters()} | {tuple(p.shape)[::-1] for p in module.parameters()}
+    kept: dict[int, int] = {}
+    held = []
+
+    def pack(x: Tensor) -> Tensor:
+        if x.untyped_storage().data_ptr() not in owned and tuple(x.shape) not in shapes:
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            held.append(x)
+        return x
+
+    x_TD = torch.randn(tokens, 64, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        module(x_TD, Stream.of_lengths([tokens]), None)
+    return sum(kept.values())

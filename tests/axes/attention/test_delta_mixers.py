@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import DENSE, built, close, model_spec, params, random_tokens, run
+from cases import DENSE, built, close, kept_bytes, model_spec, params, random_tokens, run
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -194,28 +194,6 @@ def test_flops_are_those_of_the_counter(spec, tokens):
         assert expected <= drawn < 1.1 * expected
     else:
         assert drawn == pytest.approx(expected, rel=1e-12)
-
-
-def kept_bytes(spec: Mixer, numerics, tokens: int) -> int:
-    """Distinct memory that autograd keeps, less parameters, their casts and the input."""
-    module = spec.build(64, numerics)
-    for parameter in module.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    owned = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
-    shapes = {tuple(p.shape) for p in module.parameters()} | {tuple(p.shape)[::-1] for p in module.parameters()}
-    kept: dict[int, int] = {}
-    held = []
-
-    def pack(x: Tensor) -> Tensor:
-        if x.untyped_storage().data_ptr() not in owned and tuple(x.shape) not in shapes:
-            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-            held.append(x)
-        return x
-
-    x_TD = torch.randn(tokens, 64, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        module(x_TD, Stream.of_lengths([tokens]), None)
-    return sum(kept.values())
 
 
 @pytest.mark.parametrize("numerics", [FP32(), BF16()], ids=["fp32", "bf16"])
