@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, groupby
 from typing import TYPE_CHECKING
 
 import torch
@@ -72,6 +72,13 @@ class Stream:
     def lengths(self) -> list[int]:
         """Sequence lengths on the host; costs a device synchronisation the first time."""
         return self.cu_seqlens.diff().tolist()
+
+    @property
+    def runs(self) -> list[tuple[int, int]]:
+        """Neighbouring sequences of equal length, as (how many, length); empty ones too."""
+        if self.rows:
+            return [(self.rows, self.positions_T.numel() // self.rows)]
+        return [(len(list(run)), length) for length, run in groupby(self.lengths)]
 
     @cached_property
     def sequence_T(self) -> Tensor:

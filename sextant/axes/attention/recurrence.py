@@ -7,7 +7,6 @@ for it, and hands the states on. Training, prefill, chunks and decode are the sa
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -51,7 +50,7 @@ def walk(rows: Rows, stream: Stream, state: LayerState | None, scan: Scan) -> Te
     """
     held = state if isinstance(state, RecurrentState) else None
     outputs, sequence, at = [], 0, 0
-    for count, length in _runs(stream):
+    for count, length in stream.runs:
         here, numbers = slice(at, at + count * length), range(sequence, sequence + count)
         at, sequence = here.stop, numbers.stop
         if here.start == here.stop:
@@ -63,13 +62,6 @@ def walk(rows: Rows, stream: Stream, state: LayerState | None, scan: Scan) -> Te
         for i, b in enumerate(numbers if held is not None else ()):
             held.advance(b, after[i], tuple(x[i] for x in batch), _fold(scan))  # type: ignore[union-attr]
     return torch.cat(outputs) if outputs else scan(tuple(x[None] for x in rows), None)[0][0]
-
-
-def _runs(stream: Stream) -> list[tuple[int, int]]:
-    """Neighbouring sequences of equal length, as (how many, length)."""
-    if stream.rows:
-        return [(stream.rows, stream.positions_T.numel() // stream.rows)]
-    return [(len(list(run)), length) for length, run in groupby(stream.lengths)]
 
 
 def _fold(scan: Scan) -> Fold:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from itertools import accumulate, groupby
+from itertools import accumulate
 from typing import cast
 
 import torch
@@ -36,7 +36,9 @@ def attend(q_THK: Tensor, keys: Keys, stream: Stream, span: Reach, scores: Score
     if q_THK.is_cuda and q_THK.dtype in (torch.bfloat16, torch.float16) and not span.sinks and scores.slopes_H is None:
         return _on_gpu(q_THK, keys, stream, span, scores)
     pieces, at = [], 0
-    for rows, length in _runs(stream):
+    for rows, length in stream.runs:
+        if not length:
+            continue
         here = slice(at, at + rows * length)
         q, k, v = (x[here].unflatten(0, (rows, length)).transpose(1, 2) for x in (q_THK, keys.k, keys.v))
         pieces.append(_causal(q, k, v, span, scores).transpose(1, 2).flatten(0, 1))
@@ -95,13 +97,6 @@ def _fold(span: Reach, length: int) -> Fold:
     if fold is None:
         raise ValueError(f"{span} folds some lengths and not {length}")
     return fold
-
-
-def _runs(stream: Stream) -> list[tuple[int, int]]:
-    """Neighbouring sequences of equal length, as (how many, length)."""
-    if stream.rows:
-        return [(stream.rows, stream.positions_T.numel() // stream.rows)]
-    return [(len(list(run)), length) for length, run in groupby(stream.lengths) if length]
 
 
 def _causal(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTV: Tensor, span: Span, scores: Scores) -> Tensor:
