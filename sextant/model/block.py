@@ -64,5 +64,5 @@ class Block(nn.Module):
 
     def forward(self, x_TD: Tensor, stream: Stream) -> tuple[Tensor, Selection | None, Routing | None]:
         x_TD, selection = self.around_attention(x_TD, lambda h_TD: self.attention(h_TD, stream))
-        x_TD, routing = self.around_feed_forward(x_TD, self.feed_forward)
+        x_TD, routing = self.around_feed_forward(x_TD, lambda h_TD: self.feed_forward(h_TD, stream))
         return x_TD, selection, routing

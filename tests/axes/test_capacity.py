@@ -11,6 +11,7 @@ from sextant.axes.capacity import TABLE, Dense, Experts, LatentExperts
 from sextant.axes.numerics import BF16, FP32
 from sextant.axes.routing import SoftmaxTopK
 from sextant.core.errors import UsageError
+from sextant.core.stream import Stream
 
 WIDTH = 6
 ALL = params(examples(TABLE))
@@ -27,6 +28,11 @@ def build(spec, std: float = 0.5, width: int = WIDTH):
 
 def rows(tokens: int = 13) -> Tensor:
     return torch.randn(tokens, WIDTH, dtype=torch.float64)
+
+
+def feed(module, x_TD: Tensor):
+    """The rows as one sequence."""
+    return module(x_TD, Stream.of_lengths([len(x_TD)]))
 
 
 ACTS = {
@@ -66,24 +72,24 @@ def experts_by_hand(module, x_D: Tensor) -> Tensor:
 def test_equals_a_token_by_token_computation(spec):
     module, x_TD = build(spec), rows()
     by_hand = experts_by_hand if isinstance(spec, Experts) else dense_by_hand
-    close(module(x_TD)[0], torch.stack([by_hand(module, x_D) for x_D in x_TD]), 1e-12)
+    close(feed(module, x_TD)[0], torch.stack([by_hand(module, x_D) for x_D in x_TD]), 1e-12)
 
 
 @pytest.mark.parametrize("name", ACTS)
 def test_every_activation(name):
     module = build(Dense(hidden=5, activation=name))
     x_TD = rows()
-    close(module(x_TD)[0], torch.stack([dense_by_hand(module, x_D) for x_D in x_TD]), 1e-12)
+    close(feed(module, x_TD)[0], torch.stack([dense_by_hand(module, x_D) for x_D in x_TD]), 1e-12)
 
 
 @pytest.mark.parametrize("spec", ALL)
 def test_gradients_equal_finite_differences(spec):
     module = build(spec)
-    names = [name for name, _ in module.named_parameters()]
+    names, stream = [name for name, _ in module.named_parameters()], Stream.of_lengths([3])
     weights = [parameter.detach().clone().requires_grad_() for parameter in module.parameters()]
 
     def forward(x_TD, *weights):
-        return torch.func.functional_call(module, dict(zip(names, weights, strict=True)), (x_TD,))[0]
+        return torch.func.functional_call(module, dict(zip(names, weights, strict=True)), (x_TD, stream))[0]
 
     assert torch.autograd.gradcheck(forward, (rows(3).requires_grad_(), *weights), fast_mode=True)
 
@@ -91,14 +97,14 @@ def test_gradients_equal_finite_differences(spec):
 @pytest.mark.parametrize("spec", ALL)
 def test_order_of_rows_does_not_matter(spec):
     module, x_TD, order = build(spec), rows(), torch.randperm(13)
-    close(module(x_TD[order])[0], module(x_TD)[0][order], 1e-12)
+    close(feed(module, x_TD[order])[0], feed(module, x_TD)[0][order], 1e-12)
 
 
 @pytest.mark.parametrize("tokens", [1, 2])
 @pytest.mark.parametrize("spec", ALL)
 def test_few_tokens(spec, tokens):
     module, x_TD = build(spec), rows()
-    close(module(x_TD[:tokens])[0], module(x_TD)[0][:tokens], 1e-12)
+    close(feed(module, x_TD[:tokens])[0], feed(module, x_TD)[0][:tokens], 1e-12)
 
 
 @pytest.mark.parametrize("little", [0, 1 << 21])
@@ -106,30 +112,30 @@ def test_few_tokens(spec, tokens):
 @pytest.mark.parametrize("spec", ROUTED)
 def test_the_ways_without_gradients_equal_training(spec, tokens, little, monkeypatch):
     """Each copy by itself, all experts on all rows, sorted rows: chosen by counts, the same rows come out."""
-    monkeypatch.setattr("sextant.axes.capacity.experts.LITTLE", little)
+    monkeypatch.setattr("sextant.axes.capacity.stack.LITTLE", little)
     module, x_TD = build(spec), rows()[:tokens]
     with torch.no_grad():
-        y_TD, routing = module(x_TD)
-    close(y_TD, module(x_TD)[0].detach(), 1e-12)
-    assert torch.equal(routing.experts_TA, module(x_TD)[1].experts_TA)
+        y_TD, routing = feed(module, x_TD)
+    close(y_TD, feed(module, x_TD)[0].detach(), 1e-12)
+    assert torch.equal(routing.experts_TA, feed(module, x_TD)[1].experts_TA)
 
 
 @pytest.mark.parametrize("activation", ["swiglu", "gelu"])
 def test_a_joined_layer_gives_the_same_and_keeps_its_weights(activation):
     module, x_TD = build(Dense(hidden=5, activation=activation)).requires_grad_(False), rows()
-    want, names = module(x_TD)[0], list(module.state_dict())
+    want, names = feed(module, x_TD)[0], list(module.state_dict())
     module.join()
-    close(module(x_TD)[0], want, 1e-12)
+    close(feed(module, x_TD)[0], want, 1e-12)
     assert list(module.state_dict()) == names
     module.up.weight.mul_(2)  # a view of the joint matrix: what is loaded into a layer reaches the product
-    close(module(x_TD)[0], 2 * want if activation == "swiglu" else module.down(F.gelu(module.up(x_TD))), 1e-12)
+    close(feed(module, x_TD)[0], 2 * want if activation == "swiglu" else module.down(F.gelu(module.up(x_TD))), 1e-12)
 
 
 @pytest.mark.parametrize("spec", ROUTED)
 def test_unused_experts_get_a_zero_gradient(spec):
     """Every token alike: the chosen experts take all, the others get zeros, not None and not NaN."""
     module, x_TD = build(spec), rows(1).expand(9, -1)
-    y_TD, routing = module(x_TD)
+    y_TD, routing = feed(module, x_TD)
     y_TD.square().sum().backward()
     used = set(routing.experts_TA[0].tolist())
     assert sorted(routing.counts_E().tolist()) == [0] * (spec.experts - len(used)) + [9] * len(used)
@@ -142,7 +148,7 @@ def test_unused_experts_get_a_zero_gradient(spec):
 @pytest.mark.parametrize("spec", ROUTED)
 def test_router_learns_from_the_output(spec):
     module = build(spec)
-    module(rows())[0].square().sum().backward()
+    feed(module, rows())[0].square().sum().backward()
     assert module.router.weight.grad.abs().sum() > 0
 
 
@@ -152,22 +158,22 @@ def test_latent_of_full_width_with_identities_is_the_plain_mixture():
     eye = torch.eye(WIDTH, dtype=torch.float64)
     latent.load_state_dict({**plain.state_dict(), "compress.weight": eye, "expand.weight": eye})
     x_TD = rows()
-    close(latent(x_TD)[0], plain(x_TD)[0], 1e-13)
+    close(feed(latent, x_TD)[0], feed(plain, x_TD)[0], 1e-13)
 
 
 def test_one_latent_expert_is_three_dense_steps():
     module, x_TD = build(LatentExperts(experts=1, hidden=5, latent=4, router=SoftmaxTopK(top_k=1))), rows()
     gate, value = (F.linear(x_TD, module.compress.weight) @ module.experts.up_EDF[0]).chunk(2, -1)
     want_TD = F.linear((F.silu(gate) * value) @ module.experts.down_EFD[0], module.expand.weight)
-    close(module(x_TD)[0], want_TD, 1e-13)
+    close(feed(module, x_TD)[0], want_TD, 1e-13)
 
 
 def test_compression_does_not_reach_the_router():
     module, x_TD = build(LatentExperts(experts=4, hidden=5, latent=4)), rows()
-    y_TD, before = module(x_TD)
+    y_TD, before = feed(module, x_TD)
     with torch.no_grad():
         module.compress.weight.add_(torch.randn_like(module.compress.weight))
-    z_TD, after = module(x_TD)
+    z_TD, after = feed(module, x_TD)
     assert torch.equal(before.experts_TA, after.experts_TA)
     assert torch.equal(before.gates_TA, after.gates_TA)
     assert (y_TD - z_TD).abs().max() > 1e-2
@@ -175,7 +181,7 @@ def test_compression_does_not_reach_the_router():
 
 def test_expand_after_the_sum_equals_expand_before_it():
     module, x_TD = build(LatentExperts(experts=4, hidden=5, latent=4, router=SoftmaxTopK(top_k=3))), rows()
-    y_TD, routing = module(x_TD)
+    y_TD, routing = feed(module, x_TD)
     gates_TE = torch.zeros(13, 4, dtype=torch.float64).scatter(1, routing.experts_TA, routing.gates_TA)
     c_TR = module.compress(x_TD)
     want_TD = torch.zeros_like(y_TD)
@@ -195,7 +201,7 @@ def test_gates_reach_the_combine_in_fp32_under_bf16():
         module.experts.up_EDF.copy_(one_1DF.expand(8, -1, -1))
         module.experts.down_EFD.copy_(back_1FD.expand(8, -1, -1))
     x_TD = torch.randn(5, WIDTH)
-    y_TD = module(x_TD)[0]
+    y_TD = feed(module, x_TD)[0]
     up_TF = F.linear(x_TD.bfloat16(), one_1DF[0].bfloat16().T)
     h_TF = F.silu(up_TF[:, :6]) * up_TF[:, 6:]
     assert y_TD.dtype == torch.float32

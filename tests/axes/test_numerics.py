@@ -8,7 +8,7 @@ from cases import model_spec, random_tokens
 from torch import Tensor, nn
 
 from sextant.axes.capacity import Dense, Experts
-from sextant.axes.capacity.experts import ExpertStack
+from sextant.axes.capacity.stack import ExpertStack
 from sextant.axes.kv import GQA
 from sextant.axes.numerics import BF16, FP32, FP32_PATHS
 from sextant.axes.routing import Routing
@@ -85,9 +85,9 @@ def look_at_routing(seen: Seen, x_TD: Tensor, routing: Routing) -> None:
 
 
 def watch_combine(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
-    from sextant.axes.capacity import experts
+    from sextant.axes.routing import dropless
 
-    calls, combine = [], experts.combine
+    calls, combine = [], dropless.combine
 
     def watched(y_ND, gates_TA, where):
         out = combine(y_ND, gates_TA, where)
@@ -95,7 +95,7 @@ def watch_combine(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> list[torch.dty
         seen.add("expert combine", gates_TA, out)
         return out
 
-    monkeypatch.setattr(experts, "combine", watched)
+    monkeypatch.setattr(dropless, "combine", watched)
     return calls
 
 

@@ -71,7 +71,7 @@ def test_active_parameters_are_those_a_token_meets(spec):
     module = spec.build(WIDTH, FP32())
     for parameter in module.parameters():
         nn.init.normal_(parameter)
-    module(torch.randn(1, WIDTH))[0].square().sum().backward()
+    module(torch.randn(1, WIDTH), Stream.of_lengths([1]))[0].square().sum().backward()
     met = 0
     for name, parameter in module.named_parameters():
         stacked = name.endswith(("_EDF", "_EFD"))
@@ -116,7 +116,7 @@ COUNTABLE = [
 def test_model_flops_equal_the_counter(spec, monkeypatch):
     """Forward products by the counter, attention by its masks."""
     # The cost is of the rows that experts are sent; for few rows a CPU runs all experts on all of them instead.
-    monkeypatch.setattr("sextant.axes.capacity.experts.LITTLE", 0)
+    monkeypatch.setattr("sextant.axes.capacity.stack.LITTLE", 0)
     model, tokens_T = spec.build(), random_tokens(AT.tokens)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model.logits(model(tokens_T, Stream.of_lengths([AT.tokens])).hidden_TD)
@@ -194,7 +194,7 @@ def test_exchange_counts_what_travels(spec):
         nn.init.normal_(parameter)
     if isinstance(spec, Experts):
         module.experts.register_forward_hook(lambda m, args, out: sent.append(args[0].numel() + out.numel()))
-    module(torch.randn(9, WIDTH))
+    module(torch.randn(9, WIDTH), Stream.of_lengths([9]))
     assert spec.cost(WIDTH, AT).exchange_bytes * 9 == 4 * sum(sent)
 
 

@@ -51,7 +51,7 @@ ALL = params(combinations())
 def build(attention=Full(), kv=KVS[0], feed_forward=DENSE, numerics=FP32(), device=GPU):  # noqa: B008 - frozen
     layer = Layer(attention=attention, kv=kv, feed_forward=feed_forward, residual=SandwichNorm())
     spec = model_spec(layer, layer, width=32, init=NormalInit(std=0.1))
-    return spec.build(numerics, seed=3, device=device)
+    return spec.build(numerics, seed=3, device=device).eval()  # some patterns are full attention while they train
 
 
 @torch.no_grad()

@@ -1,5 +1,7 @@
 """Attention's output gain at 0: a network that starts without attention, keeps its routers healthy, and learns it."""
 
+from functools import partial
+
 import pytest
 import torch
 from cases import close, model_spec, random_tokens, run
@@ -50,9 +52,9 @@ def test_context_does_not_matter(model):
 def test_equals_the_model_without_attention(model):
     tokens_T = random_tokens(20)
     with torch.no_grad():
-        x_TD = model.embedding(tokens_T)
+        x_TD, stream = model.embedding(tokens_T), Stream.of_lengths([20])
         for block in model.blocks:
-            x_TD, _ = block.around_feed_forward(x_TD, block.feed_forward)
+            x_TD, _ = block.around_feed_forward(x_TD, partial(block.feed_forward, stream=stream))
         assert torch.equal(model.logits(model.norm(x_TD)), run(model, tokens_T, [20]))
 
 

@@ -1,6 +1,7 @@
 """Contract of axis 3: where do parameters live?
 
-A feed-forward option builds a module ``x_TD (fp32) -> (y_TD, Routing or None)``.
+A feed-forward option builds a module ``x_TD (fp32), stream, chosen_TA -> (y_TD, Routing or None)``: the stream says
+which tokens lie in one sequence, ``chosen_TA`` (usually None) which experts a recorded choice demands.
 """
 
 from __future__ import annotations

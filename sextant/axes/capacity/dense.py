@@ -12,6 +12,7 @@ from sextant.axes.capacity.base import FeedForward
 from sextant.axes.numerics import Numerics
 from sextant.axes.stability import Joined, Linear, Role
 from sextant.core.cost import At, Cost
+from sextant.core.stream import Stream
 
 
 class Dense(FeedForward):
@@ -46,7 +47,7 @@ class DenseModule(nn.Module):
         if self.gate is not None:
             self.joined = Joined((self.gate, self.up))
 
-    def forward(self, x_TD: Tensor) -> tuple[Tensor, None]:
+    def forward(self, x_TD: Tensor, stream: Stream, chosen_TA: Tensor | None = None) -> tuple[Tensor, None]:
         x_TD = self.numerics.lower(x_TD)
         if self.gate is None:
             return self.down(activate(self.spec.activation, self.up(x_TD))), None

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sextant.axes.capacity.experts import Experts, ExpertsModule
 from sextant.axes.numerics import Numerics
-from sextant.axes.routing import Routing
+from sextant.axes.routing import Routing, Usage
 from sextant.axes.stability import Linear, Role
 from sextant.core.cost import At, Cost
 
@@ -46,6 +46,6 @@ class LatentExpertsModule(ExpertsModule):
     def _payload(self, width: int) -> int:
         return self.spec.latent
 
-    def routed(self, x_TD: Tensor, routing: Routing) -> Tensor:
-        s_TD = super().routed(self.compress(x_TD), routing)
-        return self.expand(self.numerics.lower(s_TD))
+    def routed(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, Usage]:
+        s_TD, usage = super().routed(self.compress(x_TD), routing)
+        return self.expand(self.numerics.lower(s_TD)), usage

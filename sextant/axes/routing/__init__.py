@@ -2,7 +2,7 @@
 
 from sextant.axes.routing.balance import TABLE as BALANCE
 from sextant.axes.routing.balance import AnyBalance, Auxiliary, ZLoss
-from sextant.axes.routing.base import Router, Routing
+from sextant.axes.routing.base import Overflow, Router, RouterModule, Routing, Stack, Usage
 from sextant.axes.routing.dropless import Dropless
 from sextant.axes.routing.softmax_topk import SoftmaxTopK
 from sextant.core.table import Row, Table
@@ -30,6 +30,6 @@ OVERFLOW = Table(
 )
 
 __all__ = [
-    "BALANCE", "OVERFLOW", "TABLE", "AnyBalance", "AnyOverflow", "AnyRouter", "Auxiliary", "Dropless", "Router",
-    "Routing", "SoftmaxTopK", "ZLoss",
+    "BALANCE", "OVERFLOW", "TABLE", "AnyBalance", "AnyOverflow", "AnyRouter", "Auxiliary", "Dropless", "Overflow",
+    "Router", "RouterModule", "Routing", "SoftmaxTopK", "Stack", "Usage", "ZLoss",
 ]

@@ -7,12 +7,29 @@ model's forward as data: recomputation cannot count twice, and a caller can keep
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from sextant.core.cost import At, Cost
 from sextant.core.spec import Spec
+from sextant.core.stream import Stream
 from sextant.kernels.permute import counted
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What the experts of one layer had to hold for one forward.
+
+    Attributes:
+        rows: rows that went through products, those of padding included.
+        peak: most rows that existed at once.
+        rounds: passes over the experts.
+    """
+
+    rows: int | Tensor
+    peak: int | Tensor
+    rounds: int = 1
 
 
 @dataclass(frozen=True)
@@ -21,26 +38,78 @@ class Routing:
 
     Attributes:
         logits_TE: fp32 router scores before normalisation.
-        probs_TE: fp32 probabilities (differentiable).
+        probs_TE: fp32 probabilities, each row summing to one (differentiable): what balance losses read.
         experts_TA: int64, chosen experts of each token, best first.
         gates_TA: fp32 weights of the chosen experts (differentiable).
+        kept_TA: bool, copies that reach their expert; None when all do. The gate of a dropped copy counts for nothing.
+        load_TE: fp32, a smooth estimate of each token's chance to be sent (Shazeer 2017); None for other routers.
+        usage: what the experts had to hold; filled in by the layer.
     """
 
     logits_TE: Tensor
     probs_TE: Tensor
     experts_TA: Tensor
     gates_TA: Tensor
+    kept_TA: Tensor | None = None
+    load_TE: Tensor | None = None
+    usage: Usage | None = None
 
     def counts_E(self) -> Tensor:
-        """int64, token copies per expert; they sum to T·A."""
+        """int64, copies per expert as chosen, dropped ones included; they sum to T·A."""
         return counted(self.experts_TA.flatten(), self.probs_TE.shape[1])
+
+    def dropped(self) -> int:
+        """Copies that reached no expert."""
+        return 0 if self.kept_TA is None else int((~self.kept_TA).sum())
 
 
 class Router(Spec):
-    """Base of the routers. ``build(width, experts)`` gives a module ``x_TD -> Routing``."""
+    """Base of the routers. ``build(width, experts)`` gives a :class:`RouterModule`."""
 
     top_k: int
+
+    def build(self, width: int, experts: int) -> RouterModule:
+        raise NotImplementedError
 
     def cost(self, width: int, experts: int, at: At) -> Cost:
         """One fp32 matrix, and the logits and probabilities it leaves."""
         return Cost.of_matrix(width, experts, at, keep_input=False) + Cost(activation_bytes=8 * experts)
+
+
+class RouterModule(nn.Module):
+    """Rows ``[T, D]`` to a :class:`Routing`."""
+
+    def forward(self, x_TD: Tensor, chosen_TA: Tensor | None = None) -> Routing:
+        """With ``chosen_TA`` the experts are given (a recorded choice) and only their gates are computed."""
+        raise NotImplementedError
+
+
+def best(scores_TE: Tensor, count: int) -> Tensor:
+    """int64 ``[T, A]``: the experts with the largest scores, best first; a tie goes to the lower number."""
+    return scores_TE.detach().sort(dim=-1, descending=True, stable=True).indices[:, :count]
+
+
+class Stack(Protocol):
+    """The experts of one layer, as :class:`~sextant.axes.capacity.stack.ExpertStack` holds them."""
+
+    experts: int
+
+    def __call__(self, x_ND: Tensor, counts_E: Tensor) -> Tensor:
+        """Rows sorted by expert through their expert."""
+        ...
+
+    def few(self, x_TD: Tensor, experts_TA: Tensor) -> Tensor | None:
+        """``y_TAD`` without sorting, where that is faster and no gradient is wanted; else None."""
+        ...
+
+
+class Overflow(Spec):
+    """Base of the capacity rules: which copies an expert takes, and how the rows of its share are laid out."""
+
+    def admit(self, routing: Routing, stream: Stream, training: bool) -> Routing:
+        """The routing with ``kept_TA`` where copies are dropped; here all are taken."""
+        return routing
+
+    def compute(self, experts: Stack, x_TD: Tensor, routing: Routing) -> tuple[Tensor, Usage]:
+        """Dispatch, experts, combine: fp32 ``[T, D]``."""
+        raise NotImplementedError

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from sextant.axes.routing.base import Router, Routing
+from sextant.axes.routing.base import Router, RouterModule, Routing, best
 from sextant.axes.stability import Role
 
 
@@ -29,7 +29,7 @@ class SoftmaxTopK(Router):
         return SoftmaxRouter(self, width, experts)
 
 
-class SoftmaxRouter(nn.Module):
+class SoftmaxRouter(RouterModule):
     """``weight`` is [E, D], fp32."""
 
     role = Role.ROUTER
@@ -39,10 +39,10 @@ class SoftmaxRouter(nn.Module):
         self.spec = spec
         self.weight = nn.Parameter(torch.empty(experts, width))
 
-    def forward(self, x_TD: Tensor) -> Routing:
+    def forward(self, x_TD: Tensor, chosen_TA: Tensor | None = None) -> Routing:
         logits_TE = F.linear(x_TD.to(self.weight.dtype), self.weight)
         probs_TE = logits_TE.softmax(-1)
-        experts_TA = logits_TE.detach().sort(dim=-1, descending=True, stable=True).indices[:, : self.spec.top_k]
+        experts_TA = best(logits_TE, self.spec.top_k) if chosen_TA is None else chosen_TA
         gates_TA = probs_TE.gather(1, experts_TA)
         if self.spec.normalize:
             gates_TA = gates_TA / gates_TA.sum(-1, keepdim=True)
