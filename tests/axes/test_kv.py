@@ -52,7 +52,7 @@ def test_joined_projections_give_the_same_and_keep_their_weights(bias):
 @pytest.mark.parametrize("position", params([RoPE(), RoPE(fraction=0.5), NoPE()]))
 @pytest.mark.parametrize("kv", params(kv for kv in examples(TABLE) if isinstance(kv, GQA)))
 def test_projection_by_definition(kv, position):
-    """Product and bias, norm per head, position code, in this order; values take the product alone."""
+    """Product and bias, clip, norm, position code, in this order; values take the first two alone."""
     kv = kv.replace(position=position if kv.head_dim % 4 == 0 else NoPE())
     module = kv.build(10, FP32()).double()
     for parameter in module.parameters():
@@ -60,9 +60,13 @@ def test_projection_by_definition(kv, position):
     x_TD, stream = torch.randn(5, 10, dtype=torch.float64), Stream.of_lengths([5])
 
     def rows(linear, norm=None, dim=kv.head_dim):
-        y_THK = x_TD @ linear.weight.T + (linear.bias if kv.bias else 0)
-        y_THK = y_THK.unflatten(-1, (-1, dim))
-        return y_THK if norm is None else norm.gain * y_THK / (y_THK.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+        y_TN = x_TD @ linear.weight.T + (linear.bias if kv.bias else 0)
+        y_TN = y_TN if kv.clip is None else y_TN.clip(-kv.clip, kv.clip)
+        y_THK = y_TN.unflatten(-1, (-1, dim))
+        if norm is None:
+            return y_THK
+        over = -1 if kv.qk_norm_over == "head" else (-2, -1)
+        return norm.gain.view(-1, dim) * y_THK / (y_THK.square().mean(over, keepdim=True) + 1e-6).sqrt()
 
     want_q, want_k = module.position(rows(module.q, module.q_norm), rows(module.k, module.k_norm), stream)
     heads = module.project(x_TD, stream)
@@ -94,6 +98,15 @@ def test_query_key_norm_bounds_the_scores():
     q, k = heads.q_THK, heads.k_TGK
     scores = torch.einsum("thk,shk->hts", q, k.repeat_interleave(2, 1)) * 8**-0.5
     assert scores.abs().max() <= 8**0.5 + 1e-9
+
+
+def test_no_projected_channel_is_larger_than_the_clip():
+    module = GQA(heads=4, kv_heads=2, head_dim=8, position=NoPE(), clip=0.3).build(10, FP32()).double()
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter)
+    heads = module.project(torch.randn(20, 10, dtype=torch.float64), Stream.of_lengths([20]))
+    for rows in (heads.q_THK, heads.k_TGK, heads.v_TGV):
+        assert rows.abs().max() == 0.3 and (rows.abs() < 0.3).any()
 
 
 def test_scale_is_what_scores_are_multiplied_by():

@@ -35,6 +35,7 @@ TABLE = Table(
                 GQA(heads=3, kv_heads=3, head_dim=8, bias=True),
                 GQA(heads=4, kv_heads=1, head_dim=6, scale=0.3, v_head_dim=5),
                 GQA(heads=6, kv_heads=2, head_dim=8, qk_norm=RMSNorm()),
+                GQA(heads=4, kv_heads=2, head_dim=6, qk_norm=RMSNorm(), qk_norm_over="all", clip=0.5),
             ),
         ),
         Row(

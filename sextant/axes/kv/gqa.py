@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Literal
 
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from sextant.axes.kv.base import KV, Heads, Projections
 from sextant.axes.kv.position import AnyPosition, RoPE
@@ -24,7 +24,9 @@ class GQA(KV):
     """H query heads over G key/value heads.
 
     Attributes:
-        qk_norm: norm over each query's and key's channels before the position code; bounds the scores.
+        qk_norm: norm of queries and keys before the position code; bounds the scores.
+        qk_norm_over: the channels of each head by itself, or those of all heads at once (OLMoE).
+        clip: queries, keys and values are clipped to this size as projected (DBRX).
         scale: what scores are multiplied by; None is ``head_dim ** -0.5``.
         v_head_dim: width of a value; None is ``head_dim``.
     """
@@ -36,6 +38,8 @@ class GQA(KV):
     v_head_dim: int | None = Field(default=None, ge=1)
     position: AnyPosition = RoPE()
     qk_norm: AnyNorm | None = None
+    qk_norm_over: Literal["head", "all"] = "head"
+    clip: float | None = Field(default=None, gt=0)
     scale: float | None = Field(default=None, gt=0)
     bias: bool = False
 
@@ -51,6 +55,12 @@ class GQA(KV):
     def shape(self) -> tuple[int, int, int, int]:
         return self.heads, self.kv_heads, self.head_dim, self.v_head_dim or self.head_dim
 
+    @property
+    def norm_widths(self) -> tuple[int, int]:
+        """Channels under one norm of queries, and of keys."""
+        by_head = self.qk_norm_over == "head"
+        return (1 if by_head else self.heads) * self.head_dim, (1 if by_head else self.kv_heads) * self.head_dim
+
     def build(self, width: int, numerics: Numerics) -> GQAModule:
         return GQAModule(self, width, numerics)
 
@@ -61,7 +71,7 @@ class GQA(KV):
         if self.bias:
             cost += Cost(q_k_v, q_k_v)
         if self.qk_norm is not None:
-            cost += 2 * self.qk_norm.cost(self.head_dim, at)
+            cost += sum((self.qk_norm.cost(channels, at) for channels in self.norm_widths), start=Cost())
         return cost
 
 
@@ -77,8 +87,9 @@ class GQAModule(Projections):
         self.v = Linear(width, groups * v_dim, Role.ATTENTION_IN, spec.bias)
         self.o = Linear(heads * v_dim, width, Role.ATTENTION_OUT)
         self.joined: Joined | None = None
-        self.q_norm = spec.qk_norm.build(spec.head_dim) if spec.qk_norm else None
-        self.k_norm = spec.qk_norm.build(spec.head_dim) if spec.qk_norm else None
+        q_width, k_width = spec.norm_widths
+        self.q_norm = spec.qk_norm.build(q_width) if spec.qk_norm else None
+        self.k_norm = spec.qk_norm.build(k_width) if spec.qk_norm else None
         self.position = spec.position.build(spec.heads, spec.head_dim)
 
     def join(self) -> None:
@@ -96,11 +107,16 @@ class GQAModule(Projections):
         x_TD = self.numerics.lower(x_TD)
         heads, groups, _, _ = self.spec.shape
         parts = (self.q(x_TD), self.k(x_TD), self.v(x_TD)) if self.joined is None else self.joined(x_TD)
+        if (clip := self.spec.clip) is not None:
+            parts = [part.clamp(-clip, clip) for part in parts]
         q, k, v = (part.unflatten(-1, (n, -1)) for part, n in zip(parts, (heads, groups, groups), strict=True))
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = self._normed(self.q_norm, q), self._normed(self.k_norm, k)
         turned_q, turned_k = self.position(q, k, stream)
         return Heads(turned_q.to(v.dtype), turned_k.to(v.dtype), v, q, k)
+
+    def _normed(self, norm: nn.Module, rows_THK: Tensor) -> Tensor:
+        return norm(rows_THK) if self.spec.qk_norm_over == "head" else norm(rows_THK.flatten(1)).view_as(rows_THK)
 
     def output(self, o_THV: Tensor, heads: Heads) -> Tensor:
         """``[T, H, V] -> [T, D]``."""
