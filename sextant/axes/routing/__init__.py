@@ -3,12 +3,12 @@
 from sextant.axes.routing.balance import TABLE as BALANCE
 from sextant.axes.routing.balance import AnyBalance, Auxiliary, ZLoss
 from sextant.axes.routing.base import Overflow, Router, RouterModule, Routing, Stack, Usage
-from sextant.axes.routing.dropless import Dropless
+from sextant.axes.routing.overflow import TABLE as OVERFLOW
+from sextant.axes.routing.overflow import AnyOverflow, Dropless
 from sextant.axes.routing.softmax_topk import SoftmaxTopK
 from sextant.core.table import Row, Table
 
 AnyRouter = SoftmaxTopK
-AnyOverflow = Dropless
 
 TABLE = Table(
     "routing",
@@ -21,12 +21,6 @@ TABLE = Table(
             (SoftmaxTopK(top_k=2), SoftmaxTopK(top_k=1), SoftmaxTopK(top_k=2, normalize=True, scale=2.5)),
         ),
     ),
-)
-
-OVERFLOW = Table(
-    "overflow",
-    "what happens when an expert is full?",
-    (Row(Dropless, "it takes all that is sent", "2211.15841; MAI-Base-1, section 8", (Dropless(),)),),
 )
 
 __all__ = [

@@ -25,11 +25,17 @@ class Usage:
         rows: rows that went through products, those of padding included.
         peak: most rows that existed at once.
         rounds: passes over the experts.
+        padding: rows of zeros among ``rows``.
     """
 
     rows: int | Tensor
     peak: int | Tensor
     rounds: int = 1
+    padding: int | Tensor = 0
+
+    def waste(self) -> float:
+        """Share of the rows that held no copy."""
+        return float(self.padding) / max(int(self.rows), 1)
 
 
 @dataclass(frozen=True)
@@ -58,9 +64,19 @@ class Routing:
         """int64, copies per expert as chosen, dropped ones included; they sum to T·A."""
         return counted(self.experts_TA.flatten(), self.probs_TE.shape[1])
 
+    def taken_E(self) -> Tensor:
+        """int64, copies per expert that reach it; with :meth:`dropped` they sum to T·A."""
+        if self.kept_TA is None:
+            return self.counts_E()
+        return counted(self.experts_TA[self.kept_TA], self.probs_TE.shape[1])
+
     def dropped(self) -> int:
         """Copies that reached no expert."""
         return 0 if self.kept_TA is None else int((~self.kept_TA).sum())
+
+    def drop_rate(self) -> float:
+        """Share of the copies that reached no expert."""
+        return self.dropped() / max(self.experts_TA.numel(), 1)
 
 
 class Router(Spec):
