@@ -7,7 +7,7 @@ batch, a prompt, a chunk of a prompt and one decoding step are all such streams,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate, groupby
 from typing import TYPE_CHECKING
@@ -17,6 +17,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from sextant.core.state import Memory
+    from sextant.core.trace import Trace
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Stream:
         rows: B when all sequences have the same length, else None: lets kernels take the batched path.
         memory: decoding states that the layers read and extend; None in training.
         turns: cosine and sine of the rotary codes in use, by code, computed once for all layers of a model.
+        replay: choices of these T tokens that layers take from a record instead of making them.
     """
 
     positions_T: Tensor
@@ -38,6 +40,7 @@ class Stream:
     rows: int | None = None
     memory: Memory | None = field(default=None, compare=False)
     turns: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, compare=False)
+    replay: Trace | None = field(default=None, compare=False)
 
     @classmethod
     def of_lengths(
@@ -67,6 +70,13 @@ class Stream:
         lengths = cu_seqlens.diff()
         rows = len(lengths) if bool((lengths == lengths[:1]).all()) else None
         return cls(positions_T, cu_seqlens, max_len, rows)
+
+    def replaying(self, trace: Trace | None) -> Stream:
+        """The same tokens, with choices from a record of them."""
+        stream = replace(self, replay=trace)
+        if "lengths" in self.__dict__:
+            stream.__dict__["lengths"] = self.lengths
+        return stream
 
     @cached_property
     def lengths(self) -> list[int]:

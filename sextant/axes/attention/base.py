@@ -9,7 +9,7 @@ step: it has projections of its own, and its module is ``(x_TD, stream, state) -
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -20,6 +20,7 @@ from sextant.axes.kv.base import KV, Heads
 from sextant.axes.kv.position import ALiBi
 from sextant.axes.numerics import Numerics
 from sextant.core.cost import At, Cost
+from sextant.core.errors import UsageError
 from sextant.core.spec import Spec
 from sextant.core.state import LayerState, RowState, StateSpec
 from sextant.core.stream import Stream
@@ -88,11 +89,13 @@ class Selection:
         block: tokens of a block.
         loss: what a separate indexer learns from: its loss in nats summed over the step's query tokens, already times
             its own factor, or None. The step divides it by its tokens, as it does with balance terms.
+        applied: whether attention read what was chosen; False while a gate only learns beside full attention.
     """
 
     blocks_THJ: Tensor
     block: int
     loss: Tensor | None = None
+    applied: bool = True
 
 
 class Attention(nn.Module):
@@ -111,6 +114,17 @@ class Attention(nn.Module):
         raise NotImplementedError
 
 
+class SelectingAttention(Attention):
+    """Base of the modules that selecting patterns build: their choice can be given."""
+
+    def forward(
+        self, heads: Heads, x_TD: Tensor, stream: Stream, scores: Scores, state: LayerState | None,
+        chosen_THJ: Tensor | None = None,
+    ) -> tuple[Tensor, Selection | None]:
+        """With ``chosen_THJ`` (:attr:`Selection.blocks_THJ` of a record) these blocks are read, in training too."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
 class Sequence:
     """One sequence of a step: its T queries, and the S keys from its first token on, of which the last T are their own.
@@ -118,6 +132,7 @@ class Sequence:
     Attributes:
         index: number of the sequence in the stream.
         here: its rows of the stream.
+        chosen_THJ: blocks that a record tells its queries to read, if there is one.
     """
 
     index: int
@@ -125,18 +140,50 @@ class Sequence:
     q_THK: Tensor
     k_SGK: Tensor
     v_SGV: Tensor
+    chosen_THJ: Tensor | None = None
 
     @property
     def first(self) -> int:
         """Place of the first query in its sequence, so query t reads keys up to ``first + t``."""
         return len(self.k_SGK) - len(self.q_THK)
 
+    def after(self, count: int) -> Sequence:
+        """Without its first ``count`` queries."""
+        chosen_THJ = None if self.chosen_THJ is None else self.chosen_THJ[count:]
+        here = slice(self.here.start + count, self.here.stop)
+        return replace(self, here=here, q_THK=self.q_THK[count:], chosen_THJ=chosen_THJ)
 
-def sequences(heads: Heads, stream: Stream, keys: RowState | None) -> Iterator[Sequence]:
+    def recorded(self, blocks_THJ: Tensor, block: int) -> Tensor:
+        """The record's choice where there is one, else the choice just made.
+
+        As many places as the latter has, or as the record needs: how a choice is read may turn on their number, so that
+        a record replayed as it was made gives the same bits.
+
+        Raises:
+            UsageError: a record of another number of choosers, or of blocks that the sequence has not got.
+        """
+        if self.chosen_THJ is None:
+            return blocks_THJ
+        if self.chosen_THJ.shape[1] != blocks_THJ.shape[1]:
+            got, want = (f"{chosen.shape[1]} choosers" for chosen in (self.chosen_THJ, blocks_THJ))
+            raise UsageError("a record of other choices", where=f"sequence {self.index}", got=got, expected=want)
+        if int(self.chosen_THJ.amax()) * block >= len(self.k_SGK):
+            raise UsageError(
+                "a record of blocks that the sequence has not got", where=f"sequence {self.index}",
+                got=f"block {int(self.chosen_THJ.amax())}", expected=f"tokens up to {len(self.k_SGK) - 1}",
+            )
+        used_J = (self.chosen_THJ >= 0).flatten(0, 1).any(0).nonzero()
+        places = max(blocks_THJ.shape[2], int(used_J[-1]) + 1 if len(used_J) else 0)
+        return self.chosen_THJ[..., :places]
+
+
+def sequences(
+    heads: Heads, stream: Stream, keys: RowState | None, chosen_THJ: Tensor | None = None
+) -> Iterator[Sequence]:
     """The sequences of a step that have tokens, with keys of the step itself or of a state that keeps every row."""
     ends = [0, *torch.tensor(stream.lengths).cumsum(0).tolist()]
     for b, (start, stop) in enumerate(pairwise(ends)):
         here = slice(start, stop)
         if start < stop:
             k, v = (heads.k_TGK[here], heads.v_TGV[here]) if keys is None else keys.sequence(b)
-            yield Sequence(b, here, heads.q_THK[here], k, v)
+            yield Sequence(b, here, heads.q_THK[here], k, v, None if chosen_THJ is None else chosen_THJ[here])

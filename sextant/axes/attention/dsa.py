@@ -22,12 +22,13 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from sextant.axes.attention.base import Attention, SelectingPattern, Selection, Sequence, sequences
+from sextant.axes.attention.base import SelectingAttention, SelectingPattern, Selection, Sequence, sequences
 from sextant.axes.kv.base import KV, Heads
 from sextant.axes.kv.position import RoPE, Unturned
 from sextant.axes.numerics import Numerics
 from sextant.axes.stability import LayerNorm, Linear, Role
 from sextant.core.cost import At, Cost
+from sextant.core.errors import UsageError
 from sextant.core.state import JointSpec, JointState, Keys, LayerState, RowSpec, RowState
 from sextant.core.stream import Stream
 from sextant.kernels.attention import Scores, Span, attend
@@ -136,7 +137,7 @@ class Indexer(nn.Module):
         return Index(q_THK, k_TGK, weights_TH)
 
 
-class DSAAttention(Attention):
+class DSAAttention(SelectingAttention):
     """Index, choose, attend; in training also the indexer's loss."""
 
     def __init__(self, spec: DSA, width: int, kv: KV, numerics: Numerics):
@@ -145,8 +146,12 @@ class DSAAttention(Attention):
         self.indexer = Indexer(spec, width, kv, numerics)
 
     def forward(
-        self, heads: Heads, x_TD: Tensor, stream: Stream, scores: Scores, state: LayerState | None
+        self, heads: Heads, x_TD: Tensor, stream: Stream, scores: Scores, state: LayerState | None,
+        chosen_THJ: Tensor | None = None,
     ) -> tuple[Tensor, Selection]:
+        dense = self.spec.stage == "dense"
+        if dense and chosen_THJ is not None:
+            raise UsageError("dsa reads all in its dense stage, and a record says what to read", fix="Use sparse")
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.training and state is None):
             index = self.indexer(x_TD, heads, stream)
         held, keys, index_keys = Keys(heads.k_TGK, heads.v_TGV), None, None
@@ -155,19 +160,18 @@ class DSAAttention(Attention):
             held = keys.append(*heads.rows, stream)
             index_keys.append(index.k_TGK, index.k_TGK, stream)
         outputs, chosen, losses = [heads.v_TGV.new_empty(0, heads.q_THK.shape[1], heads.v_TGV.shape[2])], [], []
-        for own in sequences(heads, stream, keys):
+        for own in sequences(heads, stream, keys, chosen_THJ):
             k_SGK = index.k_TGK[own.here] if index_keys is None else index_keys.sequence(own.index)[0]
             index_TS = index_scores(index.q_THK[own.here], k_SGK[:, 0], index.weights_TH[own.here])
-            blocks_THJ = self._choose(index_TS.detach(), own.first)
+            blocks_THJ = own.recorded(self._choose(index_TS.detach(), own.first), self.spec.block)
             chosen.append(blocks_THJ)
-            if self.spec.stage == "sparse":
+            if not dense:
                 outputs.append(attend_selected(own.q_THK, own.k_SGK, own.v_SGV, blocks_THJ, self.spec.block, scores)[0])
             if index_TS.requires_grad:
                 losses.append(self._loss(index_TS, own, blocks_THJ, scores))
-        dense = self.spec.stage == "dense"
         o_THV = attend(heads.q_THK, held, stream, Span(), scores) if dense else torch.cat(outputs)
         loss = self.spec.loss_scale * torch.stack(losses).sum() if losses else None
-        return o_THV, Selection(even(chosen), self.spec.block, loss)
+        return o_THV, Selection(even(chosen), self.spec.block, loss, not dense)
 
     def _choose(self, index_TS: Tensor, first: int) -> Tensor:
         """int64 ``[T, 1, J]``: token or block numbers; ties go to the lower."""

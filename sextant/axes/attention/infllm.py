@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from sextant.axes.attention.base import Attention, SelectingPattern, Selection, Sequence, sequences
+from sextant.axes.attention.base import SelectingAttention, SelectingPattern, Selection, Sequence, sequences
 from sextant.axes.attention.rows import Rows, uncoded
 from sextant.axes.kv import GQA
 from sextant.axes.kv.base import KV, Heads
@@ -161,8 +161,8 @@ class Near:
     given_THW: Tensor
 
 
-class InfLLMAttention(Attention):
-    """Near and far, merged; full attention while training."""
+class InfLLMAttention(SelectingAttention):
+    """Near and far, merged; full attention while training, unless a record says what to read."""
 
     def __init__(self, spec: InfLLM, kv: KV):
         super().__init__()
@@ -171,9 +171,10 @@ class InfLLMAttention(Attention):
             self.position = kv.position.build(kv.heads, kv.head_dim)
 
     def forward(
-        self, heads: Heads, x_TD: Tensor, stream: Stream, scores: Scores, state: LayerState | None
+        self, heads: Heads, x_TD: Tensor, stream: Stream, scores: Scores, state: LayerState | None,
+        chosen_THJ: Tensor | None = None,
     ) -> tuple[Tensor, Selection | None]:
-        if self.training and state is None:
+        if self.training and state is None and chosen_THJ is None:
             return attend(heads.q_THK, Keys(heads.k_TGK, heads.v_TGV), stream, Span(), scores), None
         plain = replace(heads, k_TGK=uncoded(heads.plain_k_TGK).to(heads.v_TGV.dtype))
         keys = near = None
@@ -185,11 +186,12 @@ class InfLLMAttention(Attention):
         else:
             notes = self._fresh(heads, stream)
         outputs, chosen = [heads.v_TGV.new_empty(0, heads.q_THK.shape[1], heads.v_TGV.shape[2])], []
-        for own in sequences(plain, stream, keys):
+        for own in sequences(plain, stream, keys, chosen_THJ):
             near_SGK = heads.k_TGK[own.here] if near is None else near.sequence(own.index)[0]
             o_THV, lse_HT = self._near(own, near_SGK, scores, notes)
             q_THK = self._far_queries(uncoded(heads.plain_q_THK)[own.here], own)
             blocks_THJ = self._choose(own, q_THK, notes.part("memory", BlockState))
+            blocks_THJ = own.recorded(blocks_THJ, self.spec.block)
             outputs.append(self._with_far(own, q_THK, blocks_THJ, scores, o_THV, lse_HT).to(heads.v_TGV.dtype))
             chosen.append(blocks_THJ)
         return torch.cat(outputs), Selection(even(chosen), self.spec.block)

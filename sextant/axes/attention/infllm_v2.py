@@ -16,7 +16,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from sextant.axes.attention.base import Attention, SelectingPattern, Selection, Sequence, sequences
+from sextant.axes.attention.base import SelectingAttention, SelectingPattern, Selection, Sequence, sequences
 from sextant.axes.kv.base import KV, Heads
 from sextant.axes.numerics import Numerics
 from sextant.core.cost import At, Cost
@@ -117,7 +117,7 @@ class InfLLMV2(SelectingPattern):
         return row.heads * (rows * (row.k_dim + row.v_dim) * at.itemsize + pooled + fresh)
 
 
-class InfLLMV2Attention(Attention):
+class InfLLMV2Attention(SelectingAttention):
     """Read everything while the sequence is short; then pool, choose, and attend to what was chosen."""
 
     def __init__(self, spec: InfLLMV2):
@@ -125,14 +125,15 @@ class InfLLMV2Attention(Attention):
         self.spec = spec
 
     def forward(
-        self, heads: Heads, x_TD: Tensor, stream: Stream, scores: Scores, state: LayerState | None
+        self, heads: Heads, x_TD: Tensor, stream: Stream, scores: Scores, state: LayerState | None,
+        chosen_THJ: Tensor | None = None,
     ) -> tuple[Tensor, Selection]:
         keys = pooled = None
         if isinstance(state, JointState):
             keys, pooled = state.part("keys", RowState), state.part("pooled", BlockState)
             keys.append(*heads.rows, stream)
         outputs, chosen = [heads.v_TGV.new_empty(0, heads.q_THK.shape[1], heads.v_TGV.shape[2])], []
-        for own in sequences(heads, stream, keys):
+        for own in sequences(heads, stream, keys, chosen_THJ):
             means_SGK = self._pooled(own, pooled)
             dense = min(max(0, self.spec.dense_len - own.first), len(own.q_THK))
             if dense:
@@ -141,10 +142,12 @@ class InfLLMV2Attention(Attention):
                 outputs.append(near)
                 chosen.append(self._everything(own, dense))
             if dense < len(own.q_THK):
+                rest = own.after(dense)
                 blocks_TGJ = choose_compressed(
-                    own.q_THK[dense:], means_SGK, own.first + dense, self.spec.grid, scores, self._choose
+                    rest.q_THK, means_SGK, rest.first, self.spec.grid, scores, self._choose
                 )
-                far = attend_selected(own.q_THK[dense:], own.k_SGK, own.v_SGV, blocks_TGJ, self.spec.block, scores)
+                blocks_TGJ = rest.recorded(blocks_TGJ, self.spec.block)
+                far = attend_selected(rest.q_THK, own.k_SGK, own.v_SGV, blocks_TGJ, self.spec.block, scores)
                 outputs.append(far[0])
                 chosen.append(blocks_TGJ)
         return torch.cat(outputs), Selection(even(chosen), self.spec.block)

@@ -15,7 +15,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from sextant.axes.attention.base import Attention, SelectingPattern, Selection, Sequence, sequences
+from sextant.axes.attention.base import SelectingAttention, SelectingPattern, Selection, Sequence, sequences
 from sextant.axes.attention.key_conv import KeyConv
 from sextant.axes.kv import GQA
 from sextant.axes.kv.base import KV, Heads
@@ -126,7 +126,7 @@ class MoBA(SelectingPattern):
         return dense * (dense + 1) // 2 + sparse
 
 
-class MoBAAttention(Attention):
+class MoBAAttention(SelectingAttention):
     """Choose, then attend to what was chosen."""
 
     def __init__(self, spec: MoBA, kv: KV):
@@ -135,7 +135,8 @@ class MoBAAttention(Attention):
         self.key_conv = KeyConv(kv, spec.key_conv) if spec.key_conv and isinstance(kv, GQA) else None
 
     def forward(
-        self, heads: Heads, x_TD: Tensor, stream: Stream, scores: Scores, state: LayerState | None
+        self, heads: Heads, x_TD: Tensor, stream: Stream, scores: Scores, state: LayerState | None,
+        chosen_THJ: Tensor | None = None,
     ) -> tuple[Tensor, Selection]:
         keys = means = plain = None
         if isinstance(state, JointState):
@@ -146,8 +147,8 @@ class MoBAAttention(Attention):
         if keys is not None:
             keys.append(*heads.rows, stream)
         outputs, chosen = [heads.v_TGV.new_empty(0, heads.q_THK.shape[1], heads.v_TGV.shape[2])], []
-        for own in sequences(heads, stream, keys):
-            blocks_THJ = self._choose(own, means)
+        for own in sequences(heads, stream, keys, chosen_THJ):
+            blocks_THJ = own.recorded(self._choose(own, means), self.spec.block)
             outputs.append(attend_selected(own.q_THK, own.k_SGK, own.v_SGV, blocks_THJ, self.spec.block, scores)[0])
             chosen.append(blocks_THJ)
         return torch.cat(outputs), Selection(even(chosen), self.spec.block)

@@ -23,7 +23,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from sextant.axes.attention.base import Attention, SelectingPattern, Selection, Sequence, sequences
+from sextant.axes.attention.base import SelectingAttention, SelectingPattern, Selection, Sequence, sequences
 from sextant.axes.attention.rows import Rows, uncoded
 from sextant.axes.kv import GQA
 from sextant.axes.kv.base import KV, Heads
@@ -308,7 +308,7 @@ class Gate(nn.Module):
         return torch.einsum("nhr,mhr->nhm", rows_NHR, keys_MHR) * self.shape.width**-0.5
 
 
-class SeerAttention(Attention):
+class SeerAttention(SelectingAttention):
     """Full attention beside a gate that learns from it, or attention over what the gate chose."""
 
     def __init__(self, spec: GatedPattern, kv: KV):
@@ -317,9 +317,10 @@ class SeerAttention(Attention):
         self.gate = Gate(spec.shape(kv), spec.norm, kv)
 
     def forward(
-        self, heads: Heads, x_TD: Tensor, stream: Stream, scores: Scores, state: LayerState | None
+        self, heads: Heads, x_TD: Tensor, stream: Stream, scores: Scores, state: LayerState | None,
+        chosen_THJ: Tensor | None = None,
     ) -> tuple[Tensor, Selection]:
-        if self.training and state is None:
+        if self.training and state is None and chosen_THJ is None:
             return self._distil(heads, stream, scores)
         keys = plain = gates = None
         plain_TGK = uncoded(heads.plain_k_TGK).to(heads.v_TGV.dtype)
@@ -329,9 +330,10 @@ class SeerAttention(Attention):
             keys.append(*heads.rows, stream)
             plain.append(plain_TGK, heads.v_TGV, stream)
         outputs, chosen = [heads.v_TGV.new_empty(0, heads.q_THK.shape[1], heads.v_TGV.shape[2])], []
-        for own in sequences(heads, stream, keys):
+        for own in sequences(heads, stream, keys, chosen_THJ):
             plain_SGK = plain_TGK[own.here] if plain is None else plain.sequence(own.index)[0]
             blocks_THJ = self._choose(own, uncoded(heads.plain_q_THK)[own.here], plain_SGK, gates)
+            blocks_THJ = own.recorded(blocks_THJ, self.spec.block)
             outputs.append(attend_selected(own.q_THK, own.k_SGK, own.v_SGV, blocks_THJ, self.spec.block, scores)[0])
             chosen.append(blocks_THJ)
         return torch.cat(outputs), Selection(even(chosen), self.spec.block)
@@ -361,7 +363,7 @@ class SeerAttention(Attention):
             chosen.append(self._pick(scores_NHM.detach(), rows))
         o_THV = attend(heads.q_THK, Keys(heads.k_TGK, heads.v_TGV), stream, Span(), scores)
         loss = spec.loss_scale * torch.stack(losses).sum()
-        return o_THV, Selection(even(chosen), spec.block, loss)
+        return o_THV, Selection(even(chosen), spec.block, loss, applied=False)
 
     def _target(self, truth_THM: Tensor, rows: Rows) -> Tensor:
         """``[N, H, M]``: block maxima over the queries of a row and the heads of a chooser, which add up to 1."""

@@ -1,7 +1,8 @@
 """Contract of axis 3: where do parameters live?
 
-A feed-forward option builds a module ``x_TD (fp32), stream, chosen_TA -> (y_TD, Routing or None)``: the stream says
-which tokens lie in one sequence, ``chosen_TA`` (usually None) which experts a recorded choice demands.
+A feed-forward option builds a module ``x_TD (fp32), stream -> (y_TD, Routing or None)``; the stream says which tokens
+lie in one sequence. One that routes also takes ``chosen_TA`` and ``kept_TA``: the experts of a recorded choice, and
+which of the copies arrived (None: all).
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ class DenseModule(nn.Module):
         if self.gate is not None:
             self.joined = Joined((self.gate, self.up))
 
-    def forward(self, x_TD: Tensor, stream: Stream, chosen_TA: Tensor | None = None) -> tuple[Tensor, None]:
+    def forward(self, x_TD: Tensor, stream: Stream) -> tuple[Tensor, None]:
         x_TD = self.numerics.lower(x_TD)
         if self.gate is None:
             return self.down(activate(self.spec.activation, self.up(x_TD))), None

@@ -83,8 +83,14 @@ class ExpertsModule(nn.Module):
         """Width of the rows that travel to the experts."""
         return width
 
-    def forward(self, x_TD: Tensor, stream: Stream, chosen_TA: Tensor | None = None) -> tuple[Tensor, Routing]:
-        routing = self.spec.overflow.admit(self.router(x_TD, chosen_TA), stream, self.training)
+    def forward(
+        self, x_TD: Tensor, stream: Stream, chosen_TA: Tensor | None = None, kept_TA: Tensor | None = None
+    ) -> tuple[Tensor, Routing]:
+        routing = self.router(x_TD, chosen_TA)
+        if chosen_TA is None:
+            routing = self.spec.overflow.admit(routing, stream, self.training)
+        else:  # who arrived is part of a recorded choice
+            routing = replace(routing, kept_TA=kept_TA)
         y_TD, usage = self.routed(self.numerics.lower(x_TD), routing)
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD, stream)[0]

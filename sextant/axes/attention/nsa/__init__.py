@@ -17,7 +17,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from sextant.axes.attention.base import Attention, SelectingPattern, Selection, Sequence, sequences
+from sextant.axes.attention.base import SelectingAttention, SelectingPattern, Selection, Sequence, sequences
 from sextant.axes.attention.nsa.phi import AnyPhi, MeanPhi, MLPPhi
 from sextant.axes.kv.base import KV, Heads
 from sextant.axes.kv.gqa import GQA
@@ -201,7 +201,7 @@ class Rows:
         return self.k_TGK[own.here], self.v_TGV[own.here]
 
 
-class NSAAttention(Attention):
+class NSAAttention(SelectingAttention):
     """Compress, choose, attend three times, gate."""
 
     def __init__(self, spec: NSA, width: int, kv: GQA, numerics: Numerics):
@@ -216,7 +216,8 @@ class NSAAttention(Attention):
         self.position = kv.position.build(heads, k_dim)
 
     def forward(
-        self, heads: Heads, x_TD: Tensor, stream: Stream, scores: Scores, state: LayerState | None
+        self, heads: Heads, x_TD: Tensor, stream: Stream, scores: Scores, state: LayerState | None,
+        chosen_THJ: Tensor | None = None,
     ) -> tuple[Tensor, Selection]:
         joint, x_TD = state if isinstance(state, JointState) else None, self.numerics.lower(x_TD)
         keys = None if joint is None else joint.part("keys", RowState)
@@ -225,8 +226,9 @@ class NSAAttention(Attention):
         coarse, near = self._coarse_rows(heads, x_TD, stream, joint), self._near_rows(x_TD, stream, joint)
         none_THV = heads.v_TGV.new_empty(0, heads.q_THK.shape[1], heads.v_TGV.shape[2])
         branches, chosen = [3 * (none_THV,)], []
-        for own in sequences(heads, stream, keys):
+        for own in sequences(heads, stream, keys, chosen_THJ):
             coarse_THV, blocks_TGJ = self._look(heads, own, coarse, stream, scores, joint)
+            blocks_TGJ = own.recorded(blocks_TGJ, self.spec.block)
             picked_THV, _ = attend_selected(own.q_THK, own.k_SGK, own.v_SGV, blocks_TGJ, self.spec.block, scores)
             near_rows = (own.k_SGK, own.v_SGV) if near is None else near.of(own)
             near_THV = attend_last(own.q_THK, *near_rows, self.spec.window, scores)
