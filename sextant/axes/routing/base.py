@@ -2,6 +2,9 @@
 
 A router turns rows into a :class:`Routing`, in fp32. Everything that balance needs is in that record, which leaves the
 model's forward as data: recomputation cannot count twice, and a caller can keep it, report it or feed it back.
+
+Ties go to the lower number. A NaN logit wins every comparison and makes gates of its token NaN, so that it shows in the
+loss, where the trainer's policy waits; an infinite one counts as the limit that the formula has there, or is NaN.
 """
 
 from __future__ import annotations
@@ -9,8 +12,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sextant.axes.stability import Role
 from sextant.core.cost import At, Cost
 from sextant.core.spec import Spec
 from sextant.core.stream import Stream
@@ -48,6 +54,8 @@ class Routing:
         experts_TA: int64, chosen experts of each token, best first.
         gates_TA: fp32 weights of the chosen experts (differentiable).
         kept_TA: bool, copies that reach their expert; None when all do. The gate of a dropped copy counts for nothing.
+        sent_TA: bool, copies that the router wants; the others fill up the row of a token that has fewer, with a gate
+            of 0. None when it wants all.
         load_TE: fp32, a smooth estimate of each token's chance to be sent (Shazeer 2017); None for other routers.
         usage: what the experts had to hold; filled in by the layer.
     """
@@ -57,26 +65,32 @@ class Routing:
     experts_TA: Tensor
     gates_TA: Tensor
     kept_TA: Tensor | None = None
+    sent_TA: Tensor | None = None
     load_TE: Tensor | None = None
     usage: Usage | None = None
 
     def counts_E(self) -> Tensor:
-        """int64, copies per expert as chosen, dropped ones included; they sum to T·A."""
-        return counted(self.experts_TA.flatten(), self.probs_TE.shape[1])
+        """int64, copies per expert as sent, dropped ones included; they sum to T·A where the router wants all."""
+        return self._counted(self.sent_TA)
 
     def taken_E(self) -> Tensor:
-        """int64, copies per expert that reach it; with :meth:`dropped` they sum to T·A."""
-        if self.kept_TA is None:
-            return self.counts_E()
-        return counted(self.experts_TA[self.kept_TA], self.probs_TE.shape[1])
+        """int64, copies per expert that reach it; with :meth:`dropped` as many as were sent."""
+        return self._counted(self.sent_TA if self.kept_TA is None else self.kept_TA)
 
     def dropped(self) -> int:
-        """Copies that reached no expert."""
-        return 0 if self.kept_TA is None else int((~self.kept_TA).sum())
+        """Copies that were sent and reached no expert."""
+        return int(self.counts_E().sum() - self.taken_E().sum())
 
     def drop_rate(self) -> float:
-        """Share of the copies that reached no expert."""
-        return self.dropped() / max(self.experts_TA.numel(), 1)
+        """Share of the copies sent that reached no expert."""
+        return self.dropped() / max(int(self.counts_E().sum()), 1)
+
+    def _counted(self, which_TA: Tensor | None) -> Tensor:
+        """int64 ``[E]``; its shape does not depend on values, so compilers can follow."""
+        experts = self.probs_TE.shape[1]
+        if which_TA is None:
+            return counted(self.experts_TA.flatten(), experts)
+        return counted(self.experts_TA.where(which_TA, experts).flatten(), experts + 1)[:experts]
 
 
 class Router(Spec):
@@ -87,17 +101,36 @@ class Router(Spec):
     def build(self, width: int, experts: int) -> RouterModule:
         raise NotImplementedError
 
+    def fits(self, experts: int) -> None:
+        """Raises ValueError when it cannot choose among this many experts."""
+        if self.top_k > experts:
+            raise ValueError(f"router.top_k {self.top_k} exceeds experts {experts}")
+
+    def places(self, experts: int) -> int:
+        """A: experts that the record of a token has room for."""
+        return self.top_k
+
     def cost(self, width: int, experts: int, at: At) -> Cost:
         """One fp32 matrix, and the logits and probabilities it leaves."""
         return Cost.of_matrix(width, experts, at, keep_input=False) + Cost(activation_bytes=8 * experts)
 
 
 class RouterModule(nn.Module):
-    """Rows ``[T, D]`` to a :class:`Routing`."""
+    """Rows ``[T, D]`` to a :class:`Routing`; ``weight`` is [E, D], fp32."""
+
+    role = Role.ROUTER
+
+    def __init__(self, width: int, experts: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(experts, width))
 
     def forward(self, x_TD: Tensor, chosen_TA: Tensor | None = None) -> Routing:
         """With ``chosen_TA`` the experts are given (a recorded choice) and only their gates are computed."""
         raise NotImplementedError
+
+    def logits(self, x_TD: Tensor) -> Tensor:
+        """``x W`` in the dtype of the weights, ``[T, E]``."""
+        return F.linear(x_TD.to(self.weight.dtype), self.weight)
 
 
 def best(scores_TE: Tensor, count: int) -> Tensor:

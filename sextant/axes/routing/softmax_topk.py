@@ -1,7 +1,8 @@
 """Softmax over all experts, then the A best; gates as they are, or made to sum to one.
 
-Normalised gates equal choosing first and taking the softmax over the chosen (Mixtral, DBRX); unnormalised ones are
-MAI-Base-1's and DeepSeek-V2's. Ties go to the lower expert number, so that routing repeats bit for bit.
+Normalised gates equal choosing first and taking the softmax over the chosen. So Mixtral, MiniMax-01, GLaM and Qwen3 are
+``normalize``; DBRX too, with MegaBlocks' p-norm (1 as released); MAI-Base-1 and DeepSeekMoE keep the raw probability,
+DeepSeek-V2 times 16 inside 3 of 8 groups. With ``bias`` the choice goes by ``p + b`` (2408.15664).
 """
 
 from __future__ import annotations
@@ -9,41 +10,40 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
-from sextant.axes.routing.base import Router, RouterModule, Routing, best
-from sextant.axes.stability import Role
+from sextant.axes.routing.base import Routing
+from sextant.axes.routing.topk import TopK, TopKRouter, jittered
 
 
-class SoftmaxTopK(Router):
-    """``p = softmax(x W)``; the ``top_k`` largest win; gates ``p`` or ``p / sum of the chosen``, times ``scale``."""
+class SoftmaxTopK(TopK):
+    """``p = softmax(x W)``; gates ``p``, or ``p / norm(p of the chosen)``, times ``scale``.
+
+    ``p_norm`` is the norm's exponent, 1 for a sum. While training, the router's input is multiplied by uniform(1 -
+    ``jitter``, 1 + ``jitter``).
+    """
 
     kind: Literal["softmax_topk"] = "softmax_topk"
-    top_k: int = Field(ge=1)
-    normalize: bool = False
-    scale: float = Field(default=1.0, gt=0)
+    p_norm: float = Field(default=1.0, gt=0)
+    jitter: float = Field(default=0.0, ge=0, lt=1)
 
     def build(self, width: int, experts: int) -> SoftmaxRouter:
         return SoftmaxRouter(self, width, experts)
 
 
-class SoftmaxRouter(RouterModule):
-    """``weight`` is [E, D], fp32."""
+class SoftmaxRouter(TopKRouter):
+    """Chooses by logits, whose order is that of the probabilities with fewer ties, or by what bias and groups need."""
 
-    role = Role.ROUTER
-
-    def __init__(self, spec: SoftmaxTopK, width: int, experts: int):
-        super().__init__()
-        self.spec = spec
-        self.weight = nn.Parameter(torch.empty(experts, width))
+    spec: SoftmaxTopK
 
     def forward(self, x_TD: Tensor, chosen_TA: Tensor | None = None) -> Routing:
-        logits_TE = F.linear(x_TD.to(self.weight.dtype), self.weight)
+        spec, noisy = self.spec, self.training and self.spec.jitter > 0
+        logits_TE = self.logits(jittered(x_TD, spec.jitter) if noisy else x_TD)
         probs_TE = logits_TE.softmax(-1)
-        experts_TA = best(logits_TE, self.spec.top_k) if chosen_TA is None else chosen_TA
+        scores_TE = probs_TE if spec.bias or spec.groups else logits_TE
+        experts_TA = self.choose(scores_TE) if chosen_TA is None else chosen_TA
         gates_TA = probs_TE.gather(1, experts_TA)
-        if self.spec.normalize:
-            gates_TA = gates_TA / gates_TA.sum(-1, keepdim=True)
-        return Routing(logits_TE, probs_TE, experts_TA, gates_TA * self.spec.scale)
+        if spec.normalize:
+            gates_TA = gates_TA / torch.linalg.vector_norm(gates_TA, spec.p_norm, dim=-1, keepdim=True)
+        return Routing(logits_TE, probs_TE, experts_TA, gates_TA * spec.scale)
