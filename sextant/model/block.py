@@ -12,7 +12,7 @@ from sextant.axes.routing import Routing
 from sextant.axes.stability import SandwichNorm
 from sextant.core.state import LayerState
 from sextant.core.stream import Stream
-from sextant.model.spec import Layer
+from sextant.model.layer import Layer
 
 
 class SelfAttention(nn.Module):

@@ -32,6 +32,9 @@ def _each_layer(rule: Callable[[Layer, ModelSpec], Iterator[Problem]]) -> Callab
         for index, layer in enumerate(model.layers):
             for where, what, fix in rule(layer, model):
                 yield f"layers[{index}].{where}", what, fix
+        if model.mtp is not None and model.mtp.layer is not None:
+            for where, what, fix in rule(model.mtp.layer, model):
+                yield f"mtp.layer.{where}", what, fix
 
     return over_layers
 

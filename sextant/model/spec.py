@@ -9,67 +9,21 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import torch
 from pydantic import Field, model_validator
 
-from sextant.axes.attention import AnyAttention, Full, Mixer, Pattern
-from sextant.axes.capacity import AnyFeedForward
-from sextant.axes.kv import KV, AnyKV
 from sextant.axes.numerics import FP32, Numerics
-from sextant.axes.stability import AnyInit, AnyNorm, AnyResidual, NormalInit, PreNorm, RMSNorm
+from sextant.axes.stability import AnyInit, AnyNorm, NormalInit, RMSNorm
 from sextant.core.cost import At, Cost
-from sextant.core.errors import UsageError
 from sextant.core.spec import Spec
 from sextant.core.state import StateSpec
+from sextant.model.layer import Layer
+from sextant.model.mtp import MTP
 from sextant.model.schedule import scheduled
 
 if TYPE_CHECKING:
     from sextant.model.transformer import Transformer
 
+__all__ = ["Layer", "ModelSpec", "repeat", "stack"]
+
 T = TypeVar("T")
-
-
-class Layer(Spec):
-    """One choice on each of the axes 1, 2, 3 (with 4) and 5; a linear mixer projects itself, without ``kv``."""
-
-    attention: AnyAttention = Full()
-    kv: AnyKV | None = None
-    feed_forward: AnyFeedForward
-    residual: AnyResidual = PreNorm()
-
-    @model_validator(mode="after")
-    def _projected_once(self) -> Layer:
-        if isinstance(self.attention, Mixer) and self.kv is not None:
-            raise ValueError(f"attention {self.attention.kind} has projections of its own: leave kv out")
-        if isinstance(self.attention, Pattern) and self.kv is None:
-            raise ValueError(f"attention {self.attention.kind} needs kv, such as kind: gqa")
-        return self
-
-    @property
-    def projections(self) -> KV:
-        """The KV option of a layer that attends.
-
-        Raises:
-            UsageError: asked of a linear mixer.
-        """
-        if self.kv is None:
-            raise UsageError(f"attention {self.attention.kind} has no kv option")
-        return self.kv
-
-    def state(self) -> StateSpec:
-        """What this layer remembers while decoding."""
-        if isinstance(self.attention, Pattern):
-            return self.attention.state(self.projections)
-        return self.attention.state()
-
-    def attention_cost(self, width: int, at: At) -> Cost:
-        """Projections, scores and state."""
-        if isinstance(self.attention, Pattern):
-            kv = self.projections
-            return kv.cost(width, at) + self.attention.cost(width, kv, at)
-        return self.attention.cost(width, at)
-
-    def cost(self, width: int, at: At) -> Cost:
-        """Of one layer, norms included."""
-        attention = self.attention_cost(width, at)
-        return attention + self.feed_forward.cost(width, at) + 2 * self.residual.cost(width, at)
 
 
 class ModelSpec(Spec):
@@ -83,6 +37,7 @@ class ModelSpec(Spec):
         softcap: logits become ``cap * tanh(logits / cap)``.
         schedule: says what the layers attend with, such as ``(5*window512+1*full)*10``, in place of what they say
             themselves; read once, so it is None in a finished declaration.
+        mtp: modules that predict further tokens, in training and as drafts.
     """
 
     schema_version: Literal[1] = 1
@@ -97,6 +52,7 @@ class ModelSpec(Spec):
     softcap: float | None = Field(default=None, gt=0)
     init: AnyInit = NormalInit()
     schedule: str | None = None
+    mtp: MTP | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -111,17 +67,43 @@ class ModelSpec(Spec):
 
         return build(self, numerics or FP32(), device, seed)
 
+    @property
+    def mtp_layers(self) -> tuple[Layer, ...]:
+        """The layer of each prediction module; none without any."""
+        return () if self.mtp is None else self.mtp.depth * (self.mtp.layer or self.layers[-1],)
+
+    @property
+    def all_layers(self) -> tuple[Layer, ...]:
+        """Layers by the index that records of them carry: module ``k`` (from 1) has ``len(layers) + k - 1``."""
+        return self.layers + self.mtp_layers
+
     def states(self) -> list[StateSpec]:
-        """Decoding states, layer by layer."""
+        """Decoding states, layer by layer; a prediction module has its own, ``mtp_layers[k].state()``."""
         return [layer.state() for layer in self.layers]
 
     def cost(self, at: At) -> Cost:
-        """Of the whole model at one operating point; the embedding look-up is free, the head is not."""
+        """Of the model that predicts the next token, without prediction modules, as V3's 671 B are counted.
+
+        The embedding look-up is free, the head is not.
+        """
         table = self.vocab * self.width
         ends = Cost.of_matrix(self.width, self.vocab, at) + self.final_norm.cost(self.width, at)
         if not self.tied:
             ends += Cost(table, table)
         return sum((layer.cost(self.width, at) for layer in self.layers), start=ends)
+
+    def mtp_cost(self, at: At) -> Cost:
+        """What the prediction modules add where they run; embedding and head are shared, so no parameters of theirs."""
+        if self.mtp is None:
+            return Cost()
+        head = Cost.of_matrix(self.width, self.vocab, at)
+        again = Cost(flops=head.flops, activation_bytes=head.activation_bytes)
+        own = (self.mtp.cost(layer, self.final_norm, self.width, at) for layer in self.mtp_layers)
+        return sum(own, start=self.mtp.depth * again)
+
+    def training_cost(self, at: At) -> Cost:
+        """With the prediction modules: what training runs and a checkpoint stores."""
+        return self.cost(at) + self.mtp_cost(at)
 
 
 def repeat(pattern: Sequence[T], layers: int) -> list[T]:

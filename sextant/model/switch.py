@@ -48,8 +48,11 @@ def _require_bare(pattern: Spec, layer: Layer, width: int, where: str) -> None:
 
 
 def switch(model: Transformer, spec: ModelSpec) -> None:
-    """Let the layers of a built model read as ``spec`` says, which :func:`attending` made; weights stay."""
-    for block, old, new in zip(model.blocks, model.spec.layers, spec.layers, strict=True):
+    """Let the layers of a built model read as ``spec`` says, which :func:`attending` made; weights stay.
+
+    A prediction module whose layer is the model's last one follows it.
+    """
+    for block, old, new in zip(model.all_blocks, model.spec.all_layers, spec.all_layers, strict=True):
         attention = block.attention
         if old.attention != new.attention and isinstance(attention, SelfAttention):
             attention.pattern = _built(new, spec.width, model).to(model.embedding.weight.device)
