@@ -36,8 +36,7 @@ class Experts(FeedForward):
 
     @model_validator(mode="after")
     def _fits(self) -> Experts:
-        if self.router.top_k > self.experts:
-            raise ValueError(f"router.top_k {self.router.top_k} exceeds experts {self.experts}")
+        self.router.fits(self.experts)
         return self
 
     def build(self, width: int, numerics: Numerics) -> ExpertsModule:
