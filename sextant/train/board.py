@@ -24,8 +24,8 @@ class Board:
             return
         for name in ("loss", "bpb", "balance", "indexer", "gnorm", "lr", "tokens_per_second"):
             self.writer.add_scalar(f"train/{name}", getattr(report, name), report.step)
-        for layer, (peak, unused, entropy) in report.load.items():
-            for name, value in (("max_over_mean", peak), ("unused", unused), ("entropy", entropy)):
+        for layer, load in report.load.items():
+            for name, value in vars(load).items():
                 self.writer.add_scalar(f"load/{layer}/{name}", value, report.step)
 
     def heldout(self, step: int, bpb: float) -> None:

@@ -14,6 +14,7 @@ from types import FrameType
 import torch
 from torch import Tensor
 
+from sextant.axes.routing import Routing
 from sextant.core import units
 from sextant.core.allocator import keep_freed_memory
 from sextant.core.cost import At
@@ -24,10 +25,11 @@ from sextant.data.tokenizer import Tokenizer
 from sextant.model.switch import switch
 from sextant.model.transformer import Transformer
 from sextant.train import checkpoint
+from sextant.train.balance import Balance
 from sextant.train.board import Board
 from sextant.train.evaluate import HeldOut, evaluate
 from sextant.train.folder import RunFolder
-from sextant.train.loss import Balance, micro_loss
+from sextant.train.loss import micro_loss
 from sextant.train.optim import train_only
 from sextant.train.rng import random_states, restore_random_states
 from sextant.train.run import Run, changes, check_run, check_vocab
@@ -107,16 +109,17 @@ class Trainer:
             self._enter_stage(self.run.stage_at(self.step))
         self.clock.start()
         batches = self._take(self.run.batch.at(self.step))
-        nats, extra, learnt = self._backward(batches)
+        parts = self._backward(batches)
         norm = self._gradient_norm(batches)
-        predicted = sum(batch.predicted for batch in batches)
-        if self.spikes.is_spike(nats / predicted, norm):
-            self._skip(batches, nats / predicted, norm)
+        loss = parts["nats"] / sum(batch.predicted for batch in batches)
+        if self.spikes.is_spike(loss, norm):
+            self._skip(batches, loss, norm)
         else:
             self._clip(norm)
             self.optimiser.step(self.run.schedule.factor(self.step, self.run.steps))
+            self.balance.update(self.model, self.step / self.run.steps)
         self.step += 1
-        self._report(batches, nats, extra, learnt, norm)
+        self._report(batches, parts, norm)
 
     def _attend(self, stage: int) -> None:
         """Let the layers read as this stage of the run says; weights and optimiser stay as they are."""
@@ -134,24 +137,33 @@ class Trainer:
         micro = self.run.batch.micro_rows
         return [self.loader.take(micro).to(self.device) for _ in range(rows // micro)]
 
-    def _backward(self, batches: list[Batch]) -> tuple[float, float, float]:
-        """Sum gradients over micro-batches; nats, balance loss and indexers' loss of the step."""
+    def _backward(self, batches: list[Batch]) -> dict[str, float]:
+        """Sum gradients over micro-batches; the parts of the step's loss, by name."""
         predicted = sum(batch.predicted for batch in batches)
         tokens = sum(batch.tokens_T.numel() for batch in batches)
         self.balance.start()
         self.model.train()
-        nats, extra, learnt = 0.0, 0.0, 0.0
+        if self.balance.ahead and len(batches) > 1:
+            self.balance.foresee(self._routings(index, batch) for index, batch in enumerate(batches))
+        parts = []
         for index, batch in enumerate(batches):
-            torch.manual_seed((self.run.seed << 40) + (self.step << 12) + index)
+            self._seed(index)
             loss = micro_loss(
                 self.model, batch.tokens_T, batch.targets_T, batch.stream, self.balance, predicted, tokens
             )
             if not torch.isfinite(loss.total):
                 self._stop_non_finite("loss", batch, first_non_finite(self.model, batch.tokens_T, batch.stream))
             loss.total.backward()
-            nats, extra = nats + float(loss.nats), extra + float(loss.balance)
-            learnt += float(loss.indexer)
-        return nats, extra, learnt
+            parts.append(loss.parts())
+        return {name: sum(part[name] for part in parts) for name in parts[0]}
+
+    def _seed(self, micro_batch: int) -> None:
+        torch.manual_seed((self.run.seed << 40) + (self.step << 12) + micro_batch)
+
+    def _routings(self, index: int, batch: Batch) -> dict[int, Routing]:
+        """What the micro-batch will choose. Gradients stay on: the same kernels give the same choice."""
+        self._seed(index)
+        return self.model(batch.tokens_T, batch.stream).routings
 
     def _gradient_norm(self, batches: list[Batch]) -> float:
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
@@ -188,21 +200,20 @@ class Trainer:
     def _last_good(self) -> str:
         return "no checkpoint yet" if self.saved is None else f"step {self.saved} is intact"
 
-    def _report(self, batches: list[Batch], nats: float, extra: float, learnt: float, norm: float) -> None:
+    def _report(self, batches: list[Batch], parts: dict[str, float], norm: float) -> None:
         seconds = self.clock.stop()
         tokens = sum(batch.tokens_T.numel() for batch in batches)
         predicted = sum(batch.predicted for batch in batches)
         size = sum(bytes_of(batch.targets_T, self.bytes_P) for batch in batches)
         self.tokens, self.seconds = self.tokens + tokens, self.seconds + seconds
-        rate = tokens / seconds
+        rate, nats = tokens / seconds, parts["nats"]
         report = StepReport(
             step=self.step, steps=self.run.steps, loss=nats / predicted, bpb=nats / math.log(2) / max(1, size),
-            balance=extra, gnorm=norm, lr=self.optimiser.lr, rows=sum(len(batch.samples) for batch in batches),
-            tokens=self.tokens, seconds=self.seconds, tokens_per_second=rate, mfu=self.clock.mfu(rate),
+            balance=parts["balance"], indexer=parts["indexer"], gnorm=norm, lr=self.optimiser.lr,
+            rows=sum(len(batch.samples) for batch in batches), tokens=self.tokens, seconds=self.seconds, tokens_per_second=rate, mfu=self.clock.mfu(rate),
             memory=memory_in_use(self.device), eta=self.clock.eta(self.run.steps - self.step),
             skipped=self.spikes.skipped,
-            load={i: (load.peak, load.unused, load.entropy) for i, load in self.balance.loads().items()},
-            indexer=learnt,
+            load=self.balance.loads(),
         )
         self.folder.record(report.metrics())
         self.board.step(report)

@@ -52,8 +52,9 @@ def _table(columns: Sequence[str], rows: Rows) -> tuple[Sequence[str], list[list
 
 
 def _load_table(steps: Rows) -> tuple[Sequence[str], list[list[Any]]]:
-    columns = ("step", "layer", "max_over_mean", "unused", "entropy")
-    return columns, [[row["step"], int(layer), *values] for row in steps for layer, values in row["load"].items()]
+    loads = [(row["step"], int(layer), load) for row in steps for layer, load in row["load"].items()]
+    names = list(loads[0][2]) if loads else []
+    return ("step", "layer", *names), [[step, layer, *(load.get(n) for n in names)] for step, layer, load in loads]
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Path:
@@ -104,7 +105,7 @@ def _draw_load(folder: Path, steps: Rows) -> Path | None:
         return None
     from matplotlib.figure import Figure
 
-    peaks = [[row["load"][str(layer)][0] for row in steps if row["load"]] for layer in layers]
+    peaks = [[row["load"][str(layer)]["max_over_mean"] for row in steps if row["load"]] for layer in layers]
     figure = Figure(figsize=(7, 1.2 + 0.35 * len(layers)))
     axes = figure.add_subplot(xlabel="step", ylabel="MoE layer", title="Expert load, max / mean")
     extent = (steps[0]["step"], steps[-1]["step"], len(layers) - 0.5, -0.5)

@@ -10,14 +10,15 @@ import torch
 
 from sextant.budget.hardware import bf16_peak
 from sextant.core import units
+from sextant.train.balance import Load
 
 
 @dataclass
 class StepReport:
     """Numbers of one optimiser step, as ``metrics.jsonl`` keeps them.
 
-    ``loss`` is nats per predicted token; ``bpb`` bits per byte of the same; ``load`` holds (max/mean, unused share,
-    entropy) by MoE layer; ``indexer`` is what separate indexers add to the loss.
+    ``loss`` is nats per predicted token; ``bpb`` bits per byte of the same; ``load`` is by MoE layer; ``indexer`` is
+    what separate indexers add to the loss.
     """
 
     step: int
@@ -35,7 +36,7 @@ class StepReport:
     memory: int
     eta: float
     skipped: int
-    load: dict[int, tuple[float, float, float]] = field(default_factory=dict)
+    load: dict[int, Load] = field(default_factory=dict)
     indexer: float = 0.0
 
     def line(self) -> str:
@@ -51,7 +52,10 @@ class StepReport:
             f"lr {self.lr:.1e}".replace("e-0", "e-"),
         ]
         if self.load:
-            parts.append(f"load max/mean {max(peak for peak, _, _ in self.load.values()):.1f}")
+            parts.append(f"load max/mean {max(load.max_over_mean for load in self.load.values()):.1f}")
+        dropped = sum(load.drop_rate for load in self.load.values())
+        if dropped:
+            parts.append(f"dropped {100 * dropped / len(self.load):.2g}%")
         if self.indexer:
             parts.append(f"indexer {self.indexer:.3f}")
         if self.skipped:
@@ -61,7 +65,7 @@ class StepReport:
     def metrics(self) -> dict[str, object]:
         """Plain data, one JSON line."""
         data = dict(vars(self))
-        data["load"] = {str(layer): list(values) for layer, values in self.load.items()}
+        data["load"] = {str(layer): dict(vars(load)) for layer, load in self.load.items()}
         return data
 
 

@@ -5,7 +5,19 @@ from typing import Annotated
 from pydantic import Field
 
 from sextant.axes.routing.balance import TABLE as BALANCE
-from sextant.axes.routing.balance import AnyBalance, Auxiliary, ZLoss
+from sextant.axes.routing.balance import (
+    AnyBalance,
+    Auxiliary,
+    BalanceLoss,
+    BalanceTerm,
+    BalanceUpdate,
+    Bias,
+    Communication,
+    Device,
+    Importance,
+    SmoothLoad,
+    ZLoss,
+)
 from sextant.axes.routing.base import Overflow, Router, RouterModule, Routing, Stack, Usage
 from sextant.axes.routing.bias import SelectionBias
 from sextant.axes.routing.expert_choice import ExpertChoice
@@ -74,7 +86,8 @@ TABLE = Table(
 )
 
 __all__ = [
-    "BALANCE", "OVERFLOW", "TABLE", "AnyBalance", "AnyOverflow", "AnyRouter", "Auxiliary", "Dropless", "ExpertChoice",
-    "GShard", "Groups", "NoisyTopK", "Overflow", "Router", "RouterModule", "Routing", "SelectionBias", "SigmoidTopK",
+    "BALANCE", "OVERFLOW", "TABLE", "AnyBalance", "AnyOverflow", "AnyRouter", "Auxiliary", "BalanceLoss", "BalanceTerm",
+    "BalanceUpdate", "Bias", "Communication", "Device", "Dropless", "ExpertChoice", "GShard", "Groups", "Importance",
+    "NoisyTopK", "Overflow", "Router", "RouterModule", "Routing", "SelectionBias", "SigmoidTopK", "SmoothLoad",
     "SoftmaxTopK", "Stack", "Switch", "Usage", "ZLoss",
 ]

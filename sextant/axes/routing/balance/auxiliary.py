@@ -1,55 +1,41 @@
-"""The auxiliary balance loss in GShard's form, over three scopes (MAI-Base-1, section 9).
+"""The auxiliary loss over experts (GShard 2006.16668, Switch 2101.03961), and what published constants mean here.
 
-``coef * E * sum_e f_e P_e`` with ``f_e`` the share of token copies that expert e received (a constant for the
-gradient) and ``P_e`` its mean probability: equal to ``coef`` under perfect balance, for any A. The scope matters more
-than the form: with a small group every sequence is pushed to use all experts, which fights specialisation.
+Ours is ``coef * E * sum_e f_e P_e`` per layer, with shares ``f`` that sum to one: ``coef`` under perfect balance. Others
+print other factors. Ours gives their loss when ``coef`` is their constant times
+
+* 1 for Switch (``E sum f P``, first choice), DeepSeekMoE, V2 and V3 (``f`` carries E / A), MegaBlocks, Megatron, Tutel;
+* 1 / E^2 for GShard's ``(1/E) sum_e (c_e / S) m_e``, first choice. Lingvo and Mesh-TensorFlow multiply that by E^2: their
+  0.01 is our 0.01;
+* A / E^2 for MiniMax-01's ``(1/E) sum_e f_e m_e``, whose f are fractions of tokens and sum to A;
+* A for transformers' ``E sum f P`` over the A slots; divided by the number of layers, which it pools into one loss.
+
+The tests compare each with its formula.
 """
 
 from __future__ import annotations
 
 from typing import Literal
 
-import torch
-from pydantic import Field
 from torch import Tensor
 
-from sextant.axes.routing.base import Routing
-from sextant.core.spec import Spec
-from sextant.core.stream import Stream
+from sextant.axes.routing.balance.share import ShareLoss, marks_TE
+from sextant.axes.routing.base import Routing, best
 
 
-class Auxiliary(Spec):
-    """Balance loss.
+class Auxiliary(ShareLoss):
+    """Balance loss over experts.
 
-    ``global_batch`` takes ``f`` from all micro-batches and ranks of the step so far (``counts_E`` of the caller), and
-    ``P`` from this micro-batch; summed over micro-batches it tends to the loss of the whole batch.
+    ``counts`` says what f counts: the copies ``chosen``; the ``first`` choice alone (GShard, Switch); or the A best of
+    the probabilities, whatever bias and groups made of them (``unbiased``, DeepSeek-V3 equation 18).
     """
 
     kind: Literal["auxiliary"] = "auxiliary"
-    coef: float = Field(default=1e-2, ge=0)
-    scope: Literal["micro_batch", "sequence", "global_batch"] = "micro_batch"
+    counts: Literal["chosen", "first", "unbiased"] = "chosen"
 
-    def loss(self, routing: Routing, stream: Stream, counts_E: Tensor, tokens: int) -> Tensor:
-        """This micro-batch's part of the step's balance loss.
-
-        Args:
-            routing: the layer's decisions for T tokens.
-            stream: sequence boundaries, for the scope ``sequence``.
-            counts_E: copies per expert over the step so far, this micro-batch included.
-            tokens: tokens of the whole step; the parts of all micro-batches add up.
-        """
-        probs_TE, experts = routing.probs_TE, routing.probs_TE.shape[1]
-        if self.scope == "sequence":
-            share_BE = self._per_sequence(routing, stream)
-            weight_TE = share_BE.index_select(0, stream.sequence_T)
-            return self.coef * experts * (weight_TE * probs_TE).sum() / tokens
-        counts_E = counts_E if self.scope == "global_batch" else routing.counts_E()
-        share_E = (counts_E / counts_E.sum().clamp_min(1)).to(probs_TE.dtype)
-        return self.coef * experts * (share_E * probs_TE.sum(0)).sum() / tokens
-
-    def _per_sequence(self, routing: Routing, stream: Stream) -> Tensor:
-        """Share of each sequence's copies that each expert received, ``[B, E]``."""
-        experts, sequences = routing.probs_TE.shape[1], stream.cu_seqlens.numel() - 1
-        cell_N = (stream.sequence_T[:, None] * experts + routing.experts_TA).flatten()
-        counts_BE = torch.bincount(cell_N, minlength=sequences * experts).view(sequences, experts)
-        return counts_BE.to(routing.probs_TE.dtype) / counts_BE.sum(1, keepdim=True).clamp_min(1)
+    def sent_TE(self, routing: Routing) -> Tensor:
+        chosen_TA = routing.experts_TA
+        if self.counts == "first":
+            chosen_TA = chosen_TA[:, :1]
+        if self.counts == "unbiased":
+            chosen_TA = best(routing.probs_TE, chosen_TA.shape[1])
+        return marks_TE(chosen_TA, routing.probs_TE.shape[1])

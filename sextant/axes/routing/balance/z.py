@@ -7,17 +7,16 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
+from sextant.axes.routing.balance.base import BalanceLoss
 from sextant.axes.routing.base import Routing
-from sextant.core.spec import Spec
 from sextant.core.stream import Stream
 
 
-class ZLoss(Spec):
+class ZLoss(BalanceLoss):
     """``coef * mean_t logsumexp_e(z_te)^2``."""
 
     kind: Literal["z"] = "z"
     coef: float = Field(default=1e-3, ge=0)
 
-    def loss(self, routing: Routing, stream: Stream, counts_E: Tensor, tokens: int) -> Tensor:
-        """This micro-batch's part of the step's z-loss; arguments as in the auxiliary loss."""
+    def loss(self, routing: Routing, stream: Stream, counts_E: Tensor | None, tokens: int) -> Tensor:
         return self.coef * routing.logits_TE.logsumexp(-1).square().sum() / tokens
