@@ -27,30 +27,46 @@ _NARROW = (torch.int8, torch.uint8, torch.int16, torch.int32)
 
 
 @dataclass(frozen=True)
-class Sent:
+class Routes:
     """Where one MoE layer sent T tokens.
 
     Attributes:
         experts_TA: int64, best first.
         experts: how many the layer has.
         kept_TA: bool, copies that reached their expert; None when all did.
+        sent_TA: bool, copies that the router wanted to send; None when it wanted all.
     """
 
     experts_TA: Tensor
     experts: int
     kept_TA: Tensor | None = None
+    sent_TA: Tensor | None = None
 
-    def at(self, index: slice | Tensor) -> Sent:
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """Those that are there, by name."""
+        both = {"kept": self.kept_TA, "sent": self.sent_TA}
+        return {name: mask_TA for name, mask_TA in both.items() if mask_TA is not None}
+
+    def mask(self, name: str) -> Tensor:
+        """``kept`` or ``sent``, all true where there is none."""
+        return self.masks.get(name, torch.ones_like(self.experts_TA, dtype=torch.bool))
+
+    def at(self, index: slice | Tensor) -> Routes:
         """Of some tokens."""
-        return Sent(self.experts_TA[index], self.experts, None if self.kept_TA is None else self.kept_TA[index])
+        return self._each(lambda x: x[index])
 
-    def to(self, device: torch.device | str) -> Sent:
+    def to(self, device: torch.device | str) -> Routes:
         """On another device."""
-        return Sent(self.experts_TA.to(device), self.experts, None if self.kept_TA is None else self.kept_TA.to(device))
+        return self._each(lambda x: x.to(device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Routes:
+        masks = {f"{name}_TA": change(mask_TA) for name, mask_TA in self.masks.items()}
+        return Routes(change(self.experts_TA), self.experts, **masks)
 
 
 @dataclass(frozen=True)
-class Read:
+class Reads:
     """What one attention layer read.
 
     Attributes:
@@ -62,13 +78,13 @@ class Read:
     blocks_THJ: Tensor
     block: int
 
-    def at(self, index: slice | Tensor) -> Read:
+    def at(self, index: slice | Tensor) -> Reads:
         """Of some tokens."""
-        return Read(self.blocks_THJ[index], self.block)
+        return Reads(self.blocks_THJ[index], self.block)
 
-    def to(self, device: torch.device | str) -> Read:
+    def to(self, device: torch.device | str) -> Reads:
         """On another device."""
-        return Read(self.blocks_THJ.to(device), self.block)
+        return Reads(self.blocks_THJ.to(device), self.block)
 
     def sets_THJ(self) -> Tensor:
         """Blocks in rising order: their order and empty places mean nothing."""
@@ -84,6 +100,8 @@ class _Routing(Protocol):
     def experts_TA(self) -> Tensor: ...
     @property
     def kept_TA(self) -> Tensor | None: ...
+    @property
+    def sent_TA(self) -> Tensor | None: ...
 
 
 class _Selection(Protocol):
@@ -114,20 +132,20 @@ class Trace:
 
     Attributes:
         tokens: T.
-        sent: by layer index, where layers route.
-        read: by layer index, where layers select.
+        routes: by layer index, where layers route.
+        reads: by layer index, where layers select.
     """
 
     tokens: int
-    sent: dict[int, Sent] = field(default_factory=dict)
-    read: dict[int, Read] = field(default_factory=dict)
+    routes: dict[int, Routes] = field(default_factory=dict)
+    reads: dict[int, Reads] = field(default_factory=dict)
 
     @classmethod
     def of(cls, output: Chosen) -> Trace:
         """The record of a forward. A choice that nothing was read by, as of a gate that only learns, is left out."""
-        sent = {i: Sent(r.experts_TA, r.probs_TE.shape[1], r.kept_TA) for i, r in output.routings.items()}
-        read = {i: Read(s.blocks_THJ, s.block) for i, s in output.selections.items() if s.applied}
-        return cls(len(output.hidden_TD), sent, read)
+        routes = {i: Routes(r.experts_TA, r.probs_TE.shape[1], r.kept_TA, r.sent_TA) for i, r in output.routings.items()}
+        reads = {i: Reads(s.blocks_THJ, s.block) for i, s in output.selections.items() if s.applied}
+        return cls(len(output.hidden_TD), routes, reads)
 
     @classmethod
     def cat(cls, parts: Sequence[Trace]) -> Trace:
@@ -141,16 +159,16 @@ class Trace:
         for part in parts[1:]:
             if part.shape != parts[0].shape:
                 raise UsageError("records of different models", got=part.shape, expected=parts[0].shape)
-        sent = {i: _cat_sent([part.sent[i] for part in parts]) for i in parts[0].sent}
-        read = {i: _cat_read([part.read[i] for part in parts]) for i in parts[0].read}
-        return cls(sum(part.tokens for part in parts), sent, read)
+        routes = {i: _cat_routes([part.routes[i] for part in parts]) for i in parts[0].routes}
+        reads = {i: _cat_reads([part.reads[i] for part in parts]) for i in parts[0].reads}
+        return cls(sum(part.tokens for part in parts), routes, reads)
 
     @property
     def shape(self) -> str:
         """Layers with their sizes, such as ``1: 2 of 64 experts, 2: 4 choosers of blocks of 16``."""
-        sent = {i: f"{s.experts_TA.shape[1]} of {s.experts} experts" for i, s in self.sent.items()}
-        read = {i: f"{r.blocks_THJ.shape[1]} choosers of blocks of {r.block}" for i, r in self.read.items()}
-        both = sorted([*sent.items(), *read.items()])
+        routes = {i: f"{s.experts_TA.shape[1]} of {s.experts} experts" for i, s in self.routes.items()}
+        reads = {i: f"{r.blocks_THJ.shape[1]} choosers of blocks of {r.block}" for i, r in self.reads.items()}
+        both = sorted([*routes.items(), *reads.items()])
         return ", ".join(f"{i}: {what}" for i, what in both) or "no layer that chooses"
 
     def __getitem__(self, index: slice | Tensor) -> Trace:
@@ -177,9 +195,8 @@ class Trace:
         """Whether every token met the same experts in the same order and read the same blocks."""
         if (self.tokens, self.shape) != (other.tokens, other.shape):
             return False
-        kept = all(_same_kept(one, other.sent[i]) for i, one in self.sent.items())
-        sent = all(torch.equal(one.experts_TA, other.sent[i].experts_TA) for i, one in self.sent.items())
-        return kept and sent and all(_same_read(one, other.read[i]) for i, one in self.read.items())
+        routes = all(_same_routes(one, other.routes[i]) for i, one in self.routes.items())
+        return routes and all(_same_reads(one, other.reads[i]) for i, one in self.reads.items())
 
     def digest(self) -> str:
         """SHA-256 of what :meth:`save` writes."""
@@ -205,28 +222,28 @@ class Trace:
             raise CheckpointError("not a record of choices", where=path, fix="Trace.save writes them")
         told = tensorfile.strict_json(about.numpy().tobytes(), path)
         try:
-            sent = {int(i): _load_sent(tensors, i, int(count), told["tokens"]) for i, count in told["experts"].items()}
-            read = {int(i): _load_read(tensors, i, int(block), told["tokens"]) for i, block in told["blocks"].items()}
-            return cls(int(told["tokens"]), sent, read)
+            tokens = int(told["tokens"])
+            routes = {int(i): _load_routes(tensors, i, int(count), tokens) for i, count in told["experts"].items()}
+            reads = {int(i): _load_reads(tensors, i, int(block), tokens) for i, block in told["blocks"].items()}
+            return cls(tokens, routes, reads)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError("damaged record of choices", where=path, got=str(error)[:80]) from None
 
     def _each(self, tokens: int, change: Callable[[Any], Any]) -> Trace:
-        sent, read = ({i: change(part) for i, part in parts.items()} for parts in (self.sent, self.read))
-        return Trace(tokens, sent, read)
+        routes, reads = ({i: change(part) for i, part in parts.items()} for parts in (self.routes, self.reads))
+        return Trace(tokens, routes, reads)
 
     def _tensors(self) -> dict[str, Tensor]:
         about = {
             "tokens": self.tokens,
-            "experts": {str(i): one.experts for i, one in sorted(self.sent.items())},
-            "blocks": {str(i): one.block for i, one in sorted(self.read.items())},
+            "experts": {str(i): one.experts for i, one in sorted(self.routes.items())},
+            "blocks": {str(i): one.block for i, one in sorted(self.reads.items())},
         }
         tensors = {_ABOUT: torch.frombuffer(bytearray(json.dumps(about).encode()), dtype=torch.uint8)}
-        for i, one in self.sent.items():
+        for i, one in self.routes.items():
             tensors[f"layers.{i}.experts"] = narrow(one.experts_TA)
-            if one.kept_TA is not None:
-                tensors[f"layers.{i}.kept"] = one.kept_TA
-        return tensors | {f"layers.{i}.blocks": narrow(one.blocks_THJ) for i, one in self.read.items()}
+            tensors |= {f"layers.{i}.{name}": mask_TA.clone() for name, mask_TA in one.masks.items()}
+        return tensors | {f"layers.{i}.blocks": narrow(one.blocks_THJ) for i, one in self.reads.items()}
 
 
 def narrow(x: Tensor) -> Tensor:
@@ -235,16 +252,14 @@ def narrow(x: Tensor) -> Tensor:
     return x.to(next(t for t in _NARROW if torch.iinfo(t).min <= low and high <= torch.iinfo(t).max))
 
 
-def _cat_sent(parts: Sequence[Sent]) -> Sent:
-    kept = None
-    if any(part.kept_TA is not None for part in parts):
-        whole = (torch.ones_like(part.experts_TA, dtype=torch.bool) for part in parts)
-        kept = torch.cat([all_TA if p.kept_TA is None else p.kept_TA for p, all_TA in zip(parts, whole, strict=True)])
-    return Sent(torch.cat([part.experts_TA for part in parts]), parts[0].experts, kept)
+def _cat_routes(parts: Sequence[Routes]) -> Routes:
+    names = {name for part in parts for name in part.masks}
+    masks = {f"{name}_TA": torch.cat([part.mask(name) for part in parts]) for name in names}
+    return Routes(torch.cat([part.experts_TA for part in parts]), parts[0].experts, **masks)
 
 
-def _cat_read(parts: Sequence[Read]) -> Read:
-    return Read(torch.cat(_even([part.blocks_THJ for part in parts])), parts[0].block)
+def _cat_reads(parts: Sequence[Reads]) -> Reads:
+    return Reads(torch.cat(_even([part.blocks_THJ for part in parts])), parts[0].block)
 
 
 def _even(blocks: Sequence[Tensor]) -> list[Tensor]:
@@ -253,32 +268,36 @@ def _even(blocks: Sequence[Tensor]) -> list[Tensor]:
     return [F.pad(part, (0, places - part.shape[2]), value=-1) for part in blocks]
 
 
-def _same_kept(one: Sent, two: Sent) -> bool:
-    a, b = (torch.ones_like(s.experts_TA, dtype=torch.bool) if s.kept_TA is None else s.kept_TA for s in (one, two))
-    return torch.equal(a, b)
+def _same_routes(one: Routes, two: Routes) -> bool:
+    masks = all(torch.equal(one.mask(name), two.mask(name)) for name in ("kept", "sent"))
+    return masks and torch.equal(one.experts_TA, two.experts_TA)
 
 
-def _same_read(one: Read, two: Read) -> bool:
+def _same_reads(one: Reads, two: Reads) -> bool:
     places = max(one.blocks_THJ.shape[2], two.blocks_THJ.shape[2])
     a, b = (F.pad(r.sets_THJ(), (places - r.blocks_THJ.shape[2], 0), value=-1) for r in (one, two))
     return torch.equal(a, b)
 
 
-def _load_sent(tensors: Mapping[str, Tensor], layer: str, experts: int, tokens: int) -> Sent:
-    chosen_TA, kept_TA = tensors[f"layers.{layer}.experts"].long(), tensors.get(f"layers.{layer}.kept")
-    _check(chosen_TA.ndim == 2 and len(chosen_TA) == tokens, f"layer {layer}: experts of {list(chosen_TA.shape)}")
-    fits = kept_TA is None or (kept_TA.dtype == torch.bool and kept_TA.shape == chosen_TA.shape)
-    _check(fits, f"layer {layer}: a mask that does not fit its experts")
-    inside = not chosen_TA.numel() or (int(chosen_TA.min()) >= 0 and int(chosen_TA.max()) < experts)
+def _load_routes(tensors: Mapping[str, Tensor], layer: str, experts: int, tokens: int) -> Routes:
+    experts_TA = tensors[f"layers.{layer}.experts"].long()
+    _check(experts_TA.ndim == 2 and len(experts_TA) == tokens, f"layer {layer}: experts of {list(experts_TA.shape)}")
+    inside = not experts_TA.numel() or (int(experts_TA.min()) >= 0 and int(experts_TA.max()) < experts)
     _check(inside, f"layer {layer}: an expert outside 0 to {experts - 1}")
-    return Sent(chosen_TA, experts, kept_TA)
+    masks = {}
+    for name in ("kept", "sent"):
+        mask_TA = tensors.get(f"layers.{layer}.{name}")
+        fits = mask_TA is None or (mask_TA.dtype == torch.bool and mask_TA.shape == experts_TA.shape)
+        _check(fits, f"layer {layer}: {name} does not fit its experts")
+        masks[f"{name}_TA"] = mask_TA
+    return Routes(experts_TA, experts, **masks)
 
 
-def _load_read(tensors: Mapping[str, Tensor], layer: str, block: int, tokens: int) -> Read:
+def _load_reads(tensors: Mapping[str, Tensor], layer: str, block: int, tokens: int) -> Reads:
     blocks_THJ = tensors[f"layers.{layer}.blocks"].long()
     _check(blocks_THJ.ndim == 3 and len(blocks_THJ) == tokens, f"layer {layer}: blocks of {list(blocks_THJ.shape)}")
     _check(not blocks_THJ.numel() or int(blocks_THJ.min()) >= -1, f"layer {layer}: a block below -1")
-    return Read(blocks_THJ, block)
+    return Reads(blocks_THJ, block)
 
 
 def _check(holds: bool, what: str) -> None:

@@ -41,6 +41,10 @@ class Output:
     onward_TD: Tensor | None = None
     ahead: tuple[Ahead, ...] = ()
 
+    def trace(self) -> Trace:
+        """The choices of this forward, to be kept or replayed; those of prediction modules are theirs."""
+        return Trace.of(self)
+
 
 @dataclass(frozen=True)
 class Ahead:
@@ -56,10 +60,6 @@ class Ahead:
     out: Output
     stream: Stream
     read_T: Tensor
-
-    def trace(self) -> Trace:
-        """The choices of this forward, to be kept or replayed."""
-        return Trace.of(self)
 
 
 class Transformer(nn.Module):
@@ -102,8 +102,10 @@ class Transformer(nn.Module):
             ahead: run the prediction modules too, each on the true tokens, as training does.
 
         Raises:
-            UsageError: ``ahead`` with a memory.
+            UsageError: ``ahead`` with a memory; ``stream.replay`` is of other tokens or of another model.
         """
+        if stream.replay is not None:
+            check_replay(self.spec, stream.replay, len(tokens_T))
         self._turn(stream)
         x_TD = self._embedded(tokens_T)
         routings, selections = {}, {}

@@ -1,8 +1,7 @@
 """Contract of axis 3: where do parameters live?
 
 A feed-forward option builds a module ``x_TD (fp32), stream -> (y_TD, Routing or None)``; the stream says which tokens
-lie in one sequence. One that routes also takes ``chosen_TA`` and ``kept_TA``: the experts of a recorded choice, and
-which of the copies arrived (None: all).
+lie in one sequence. One that routes also takes ``recorded``, the choices to follow where there is a record of them.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from sextant.axes.numerics import Numerics
 from sextant.axes.routing import AnyBalance, AnyOverflow, AnyRouter, Dropless, Routing, SoftmaxTopK, Usage
 from sextant.core.cost import At, Cost
 from sextant.core.stream import Stream
+from sextant.core.trace import Routes
 
 
 class Experts(FeedForward):
@@ -82,18 +83,21 @@ class ExpertsModule(nn.Module):
         """Width of the rows that travel to the experts."""
         return width
 
-    def forward(
-        self, x_TD: Tensor, stream: Stream, chosen_TA: Tensor | None = None, kept_TA: Tensor | None = None
-    ) -> tuple[Tensor, Routing]:
-        routing = self.router(x_TD, chosen_TA)
-        if chosen_TA is None:
-            routing = self.spec.overflow.admit(routing, stream, self.training)
-        else:  # who arrived is part of a recorded choice
-            routing = replace(routing, kept_TA=kept_TA)
+    def forward(self, x_TD: Tensor, stream: Stream, recorded: Routes | None = None) -> tuple[Tensor, Routing]:
+        if recorded is None:
+            routing = self.spec.overflow.admit(self.router(x_TD), stream, self.training)
+        else:
+            routing = self._replayed(x_TD, recorded)
         y_TD, usage = self.routed(self.numerics.lower(x_TD), routing)
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD, stream)[0]
         return y_TD, replace(routing, usage=usage)
+
+    def _replayed(self, x_TD: Tensor, recorded: Routes) -> Routing:
+        """The record's experts under gates of today. Who was sent and who arrived are part of what was chosen."""
+        routing, sent_TA, kept_TA = self.router(x_TD, recorded.experts_TA), recorded.sent_TA, recorded.kept_TA
+        gates_TA = routing.gates_TA if sent_TA is None else routing.gates_TA * sent_TA
+        return replace(routing, gates_TA=gates_TA, sent_TA=sent_TA, kept_TA=kept_TA)
 
     def routed(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, Usage]:
         """Dispatch, experts, combine: fp32 ``[T, D]``."""
