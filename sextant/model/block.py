@@ -10,8 +10,10 @@ from sextant.axes.kv import KV
 from sextant.axes.numerics import Numerics
 from sextant.axes.routing import Routing
 from sextant.axes.stability import SandwichNorm
+from sextant.core.errors import UsageError
 from sextant.core.state import LayerState
 from sextant.core.stream import Stream
+from sextant.core.trace import Routes
 from sextant.model.layer import Layer
 
 
@@ -27,8 +29,20 @@ class SelfAttention(nn.Module):
     def forward(self, x_TD: Tensor, stream: Stream) -> tuple[Tensor, Selection | None]:
         state = state_of(stream, self.index)
         heads = self.kv.project(x_TD, stream, self.pattern.reads_state)
-        o_THV, selection = self.pattern(heads, x_TD, stream, self.kv.scores, state)
+        o_THV, selection = self.pattern(heads, x_TD, stream, self.kv.scores, state, **self._recorded(stream))
+        if selection is not None and selection.applied:
+            self._refuse_unrecorded(stream)
         return self.kv.output(o_THV, heads), selection
+
+    def _recorded(self, stream: Stream) -> dict[str, Tensor]:
+        """The blocks to read, where a record has some for this layer."""
+        read = None if stream.replay is None else stream.replay.reads.get(self.index)
+        return {} if read is None else {"chosen_THJ": read.blocks_THJ}
+
+    def _refuse_unrecorded(self, stream: Stream) -> None:
+        if stream.replay is not None and self.index not in stream.replay.reads:
+            what = "the record has no blocks for a layer that selects"
+            raise UsageError(what, where=f"layers[{self.index}].attention", got=stream.replay.shape)
 
 
 class Mixing(nn.Module):
@@ -53,6 +67,7 @@ class Block(nn.Module):
 
     def __init__(self, spec: Layer, width: int, numerics: Numerics, index: int):
         super().__init__()
+        self.index = index
         zero_init = spec.residual.attention_gain if isinstance(spec.residual, SandwichNorm) else 1.0
         self.around_attention = spec.residual.build(width, zero_init)
         if isinstance(spec.attention, Pattern):
@@ -64,5 +79,11 @@ class Block(nn.Module):
 
     def forward(self, x_TD: Tensor, stream: Stream) -> tuple[Tensor, Selection | None, Routing | None]:
         x_TD, selection = self.around_attention(x_TD, lambda h_TD: self.attention(h_TD, stream))
-        x_TD, routing = self.around_feed_forward(x_TD, lambda h_TD: self.feed_forward(h_TD, stream))
+        recorded = self._recorded(stream)
+        x_TD, routing = self.around_feed_forward(x_TD, lambda h_TD: self.feed_forward(h_TD, stream, *recorded))
         return x_TD, selection, routing
+
+    def _recorded(self, stream: Stream) -> tuple[Routes, ...]:
+        """Which experts to go to, where a record has some for this layer."""
+        routes = None if stream.replay is None else stream.replay.routes.get(self.index)
+        return () if routes is None else (routes,)
