@@ -143,7 +143,7 @@ class Trace:
     @classmethod
     def of(cls, output: Chosen) -> Trace:
         """The record of a forward. A choice that nothing was read by, as of a gate that only learns, is left out."""
-        routes = {i: Routes(r.experts_TA, r.probs_TE.shape[1], r.kept_TA, r.sent_TA) for i, r in output.routings.items()}
+        routes = {i: _routes(routing) for i, routing in output.routings.items()}
         reads = {i: Reads(s.blocks_THJ, s.block) for i, s in output.selections.items() if s.applied}
         return cls(len(output.hidden_TD), routes, reads)
 
@@ -250,6 +250,10 @@ def narrow(x: Tensor) -> Tensor:
     """Integers in the smallest type that holds them all."""
     low, high = (int(x.min()), int(x.max())) if x.numel() else (0, 0)
     return x.to(next(t for t in _NARROW if torch.iinfo(t).min <= low and high <= torch.iinfo(t).max))
+
+
+def _routes(routing: _Routing) -> Routes:
+    return Routes(routing.experts_TA, routing.probs_TE.shape[1], routing.kept_TA, routing.sent_TA)
 
 
 def _cat_routes(parts: Sequence[Routes]) -> Routes:

@@ -15,10 +15,12 @@ from sextant.axes.kv.position import Rotary
 from sextant.axes.numerics import Numerics
 from sextant.axes.routing import Routing
 from sextant.axes.stability import Embedding, InitTable, Linear, Role, initialise, table
+from sextant.core.errors import UsageError
 from sextant.core.state import Memory, StateSpec
 from sextant.core.stream import Stream
 from sextant.core.trace import Trace
 from sextant.model.block import Block
+from sextant.model.mtp import MTPModule, without_last
 from sextant.model.replay import check_replay
 from sextant.model.spec import ModelSpec
 
