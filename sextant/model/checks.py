@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from functools import wraps
 
 from sextant.axes.attention import Pattern, Window
+from sextant.axes.capacity import Experts
 from sextant.axes.kv import ALiBi
 from sextant.axes.stability import SandwichNorm
 from sextant.core.errors import UsageError
@@ -69,9 +70,19 @@ def pattern_meets_kv(layer: Layer, model: ModelSpec) -> Iterator[Problem]:
         yield from layer.attention.clashes(layer.projections, model.context)
 
 
+@_each_layer
+def balance_meets_router(layer: Layer, model: ModelSpec) -> Iterator[Problem]:
+    """What a balance term says it cannot do with this router; the reasons stand in its own file."""
+    if isinstance(layer.feed_forward, Experts):
+        for place, term in enumerate(layer.feed_forward.balance):
+            for what, fix in term.clashes(layer.feed_forward.router, layer.feed_forward.experts):
+                yield f"feed_forward.balance[{place}]", what, fix
+
+
 RULES: tuple[Callable[[ModelSpec], Iterator[Problem]], ...] = (
     sinks_need_order,
     window_within_context,
     zero_gain_keeps_a_path,
     pattern_meets_kv,
+    balance_meets_router,
 )

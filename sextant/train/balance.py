@@ -59,7 +59,7 @@ class Tally:
         """One more forward of the layer."""
         self.counts.append(routing.counts_E())
         if routing.kept_TA is not None:
-            self.dropped.append((~routing.kept_TA).sum())
+            self.dropped.append((self.counts[-1] - routing.taken_E()).sum())
         if routing.usage is not None:
             self.usages.append(routing.usage)
 
@@ -88,9 +88,9 @@ def alone(sums: Tensor) -> Tensor:
 class Balance:
     """Balance terms of all MoE layers over one step.
 
-    ``start``, then ``loss`` for each micro-batch, then ``update`` after the optimiser. Where ``ahead`` says so and there
-    is more than one micro-batch, ``foresee`` comes before the first ``loss``; without it, scope ``global_batch`` sees
-    what has been counted so far, as ``running`` does.
+    ``start``, then ``loss`` for each micro-batch, then ``update`` after the optimiser. Where ``ahead`` says so and
+    there is more than one micro-batch, ``foresee`` comes before the first ``loss``; without it, scope ``global_batch``
+    sees what has been counted so far, as ``running`` does.
     """
 
     def __init__(self, model: ModelSpec, reduce: Reduce = alone):

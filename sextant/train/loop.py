@@ -210,10 +210,9 @@ class Trainer:
         report = StepReport(
             step=self.step, steps=self.run.steps, loss=nats / predicted, bpb=nats / math.log(2) / max(1, size),
             balance=parts["balance"], indexer=parts["indexer"], gnorm=norm, lr=self.optimiser.lr,
-            rows=sum(len(batch.samples) for batch in batches), tokens=self.tokens, seconds=self.seconds, tokens_per_second=rate, mfu=self.clock.mfu(rate),
-            memory=memory_in_use(self.device), eta=self.clock.eta(self.run.steps - self.step),
-            skipped=self.spikes.skipped,
-            load=self.balance.loads(),
+            rows=sum(len(batch.samples) for batch in batches), tokens=self.tokens, seconds=self.seconds,
+            tokens_per_second=rate, mfu=self.clock.mfu(rate), memory=memory_in_use(self.device),
+            eta=self.clock.eta(self.run.steps - self.step), skipped=self.spikes.skipped, load=self.balance.loads(),
         )
         self.folder.record(report.metrics())
         self.board.step(report)

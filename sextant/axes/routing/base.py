@@ -10,7 +10,7 @@ loss, where the trainer's policy waits; an infinite one counts as the limit that
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -97,6 +97,7 @@ class Router(Spec):
     """Base of the routers. ``build(width, experts)`` gives a :class:`RouterModule`."""
 
     top_k: int
+    estimates_load: ClassVar[bool] = False
 
     def build(self, width: int, experts: int) -> RouterModule:
         raise NotImplementedError

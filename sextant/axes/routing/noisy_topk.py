@@ -8,7 +8,7 @@ largest ``h`` of the other experts.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ class NoisyTopK(Router):
     kind: Literal["noisy_topk"] = "noisy_topk"
     top_k: int = Field(ge=1)
     floor: float = Field(default=0.0, ge=0)
+    estimates_load: ClassVar[bool] = True
 
     def build(self, width: int, experts: int) -> NoisyRouter:
         return NoisyRouter(self, width, experts)

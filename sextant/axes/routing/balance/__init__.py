@@ -1,4 +1,4 @@
-"""What keeps the load even: losses on a layer's :class:`~sextant.axes.routing.base.Routing`, or a bias; never in forward."""
+"""What keeps the load even: losses on a layer's routing, or a bias moved between steps; never inside forward."""
 
 from typing import Annotated
 
@@ -69,6 +69,6 @@ TABLE = Table(
 )
 
 __all__ = [
-    "TABLE", "AnyBalance", "Auxiliary", "BalanceLoss", "BalanceTerm", "BalanceUpdate", "Bias", "Communication", "Device",
-    "Importance", "SmoothLoad", "ZLoss",
+    "TABLE", "AnyBalance", "Auxiliary", "BalanceLoss", "BalanceTerm", "BalanceUpdate", "Bias", "Communication",
+    "Device", "Importance", "SmoothLoad", "ZLoss",
 ]

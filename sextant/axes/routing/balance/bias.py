@@ -28,7 +28,8 @@ class Bias(BalanceUpdate):
 
     def clashes(self, router: Router, experts: int) -> Iterator[tuple[str, str]]:
         if not getattr(router, "bias", False):
-            yield f"router {getattr(router, 'kind', '')} has no selection bias to update", "Set router.bias: true, or leave this term out"
+            what = f"router {getattr(router, 'kind', '')} has no selection bias to move"
+            yield what, "Set router.bias: true, or leave this term out"
 
     def tally(self, routing: Routing) -> Tensor:
         return routing.counts_E()

@@ -22,7 +22,7 @@ class DeviceShare(ShareLoss):
             yield f"{experts} experts do not spread evenly over {self.devices} devices", f"Use a divisor of {experts}"
 
     def sent_TE(self, routing: Routing) -> Tensor:
-        return self._grouped(marks_TE(routing.experts_TA, routing.probs_TE.shape[1]))
+        return self._grouped(marks_TE(routing.experts_TA, routing.sent_TA, routing.probs_TE.shape[1]))
 
     def probs_TE(self, routing: Routing) -> Tensor:
         return self._grouped(routing.probs_TE)

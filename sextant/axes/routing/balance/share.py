@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -67,7 +68,7 @@ class ShareLoss(BalanceLoss):
         return self.coef * probs_TE.shape[1] * total / tokens
 
 
-def marks_TE(experts_TA: Tensor, experts: int) -> Tensor:
-    """int32 ``[T, E]``: 1 at the experts named."""
-    marks_TE = experts_TA.new_zeros(len(experts_TA), experts).int()
-    return marks_TE.scatter_(1, experts_TA, 1)
+def marks_TE(experts_TA: Tensor, sent_TA: Tensor | None, experts: int) -> Tensor:
+    """int32 ``[T, E]``: 1 at the experts named, where something is sent to them."""
+    sent_TA = torch.ones_like(experts_TA) if sent_TA is None else sent_TA
+    return experts_TA.new_zeros(len(experts_TA), experts).int().scatter_(1, experts_TA, sent_TA.int())
