@@ -124,7 +124,7 @@ def _layer_parts(layer: Layer, width: int, at: At) -> dict[str, Cost]:
     feed_forward = layer.feed_forward
     found = {
         "attention": layer.attention_cost(width, at),
-        "norms": 2 * layer.residual.cost(width, at),
+        "norms": layer.residual.cost(width, at),
     }
     total = feed_forward.cost(width, at)
     if not isinstance(feed_forward, Experts):

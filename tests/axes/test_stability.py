@@ -1,5 +1,6 @@
 """Norms, their places, and how parameters start."""
 
+import dataclasses
 import math
 
 import pytest
@@ -14,15 +15,21 @@ from sextant.axes.stability import (
     NORMS,
     TABLE,
     DeepNorm,
+    DepthScaledInit,
     LayerNorm,
+    LayerScale,
     PostNorm,
     PreNorm,
+    ReZero,
     RMSNorm,
     Role,
     SandwichNorm,
+    SkipInit,
     initialise,
     roles,
 )
+from sextant.axes.stability.init import Matrix, Rule
+from sextant.axes.stability.norm import LayerNormModule, RMSNormModule
 from sextant.core.stream import Stream
 from sextant.model.spec import Layer
 
@@ -95,36 +102,47 @@ def by_definition(spec, branch, x_TD: Tensor, f) -> Tensor:
         return branch.norm(x_TD + f(x_TD))
     if isinstance(spec, DeepNorm):
         return spec.alpha * branch.norm(x_TD) + spec.beta * f(branch.norm(x_TD))
+    if isinstance(spec, LayerScale):
+        return x_TD + branch.scale_D * f(branch.norm(x_TD))
+    if isinstance(spec, ReZero | SkipInit):
+        return x_TD + branch.scale * f(x_TD)
     assert isinstance(spec, SandwichNorm)
     return x_TD + branch.norm_out(f(branch.norm(x_TD)))
 
 
 @pytest.mark.parametrize("spec", params(examples(TABLE)))
 def test_placement_by_definition(spec):
-    branch, weight = filled(spec.build(WIDTH)), torch.randn(WIDTH, WIDTH, dtype=torch.float64)
+    branches, weight = filled(spec.build(WIDTH)), torch.randn(WIDTH, WIDTH, dtype=torch.float64)
     x_TD, record = torch.randn(4, WIDTH, dtype=torch.float64), object()
 
     def f(h_TD):
         return torch.tanh(h_TD @ weight), record
 
-    y_TD, returned = branch(x_TD, f)
-    assert returned is record
-    close(y_TD, by_definition(spec, branch, x_TD, lambda h_TD: f(h_TD)[0]), 1e-14)
+    for branch in branches:
+        y_TD, returned = branch(x_TD, f)
+        assert returned is record
+        owner = branches[0] if isinstance(spec, ReZero) else branch
+        close(y_TD, by_definition(spec, owner, x_TD, lambda h_TD: f(h_TD)[0]), 1e-14)
 
 
 @pytest.mark.parametrize("spec", params(examples(TABLE)))
 def test_placement_counts_its_norms(spec):
-    kind = type(spec.norm.build(WIDTH))
-    assert spec.norms == sum(isinstance(module, kind) for module in spec.build(WIDTH).modules())
+    norms = sum(isinstance(module, RMSNormModule | LayerNormModule) for module in spec.build(WIDTH).modules())
+    assert norms == 2 * getattr(spec, "norms", 0)
 
 
 @pytest.mark.parametrize("spec", params(examples(TABLE)))
 def test_dropout_falls_on_the_branch_in_training_only(spec):
     """About p of the branch's outputs are zeroed and the rest scaled by 1/(1-p); evaluation is exact."""
     spec = spec.replace(dropout=0.25)
-    branch = spec.build(64)
-    for parameter in branch.parameters():
+    branches = spec.build(64)
+    for parameter in branches.parameters():
         torch.nn.init.ones_(parameter)
+    for branch in branches:
+        check_dropout(spec, branch)
+
+
+def check_dropout(spec, branch):
     x_TD, ones = torch.randn(500, 64), lambda h_TD: (torch.ones_like(h_TD), None)
     still = branch.eval()(x_TD, ones)[0]
     assert torch.equal(still, branch(x_TD, ones)[0])
@@ -141,7 +159,7 @@ def test_dropout_falls_on_the_branch_in_training_only(spec):
 def test_deep_norm_without_branches_is_a_chain_of_norms():
     """Spec minimax-01, section 5.1: the residual path carries the normed row, not the row."""
     spec = DeepNorm(alpha=1.7)
-    first, second = filled(spec.build(WIDTH)), filled(spec.build(WIDTH))
+    first, second = filled(spec.build(WIDTH))
     x_TD, nothing = torch.randn(4, WIDTH, dtype=torch.float64), lambda h_TD: (torch.zeros_like(h_TD), None)
     got_TD = second(first(x_TD, nothing)[0], nothing)[0]
     close(got_TD, 1.7 * second.norm(1.7 * first.norm(x_TD)), 1e-14)
@@ -152,7 +170,7 @@ def test_deep_norm_keeps_gradients_of_early_layers_in_range(layers):
     """Spec minimax-01, section 5.1: at the start, the first layer's gradient is within 10 times the last one's."""
     layer = Layer(
         kv=GQA(heads=4, kv_heads=2, head_dim=8), feed_forward=examples(CAPACITY)[0].replace(hidden=48),  # type: ignore[arg-type]
-        residual=DeepNorm(alpha=(2 * layers) ** 0.25),
+        residual=DeepNorm.at_depth(layers),
     )
     model = model_spec(*[layer] * layers, width=32, init=examples(INITS)[0]).build(seed=0)
     tokens_T = torch.randint(23, (32,), generator=torch.Generator().manual_seed(0))
@@ -178,23 +196,29 @@ def everything(init):
 @pytest.mark.parametrize("init", params(examples(INITS)))
 def test_measured_start_of_every_role(init):
     """Matrices within 5 standard errors of their declared spread and of mean 0; gains and biases as set."""
-    spec = everything(init.replace(std=0.03))
-    model, stds = spec.build(seed=5), spec.init.stds(len(spec.layers))
-    by_role: dict[Role, list[Tensor]] = {}
+    model = everything(init.replace(std=0.03)).build(seed=5)
+    table, by_role, constants = model.init_table, roles(model), {Role.GAIN: set(), Role.BIAS: set()}
+    assert set(by_role.values()) == set(Role)
     for path, parameter in model.named_parameters():
-        by_role.setdefault(roles(model)[path], []).append(parameter.detach().flatten())
-    assert set(by_role) == set(Role)
-    for role, std in stds.items():
-        values = torch.cat(by_role[role])
-        assert values.std().item() == pytest.approx(std, rel=5 / math.sqrt(2 * len(values))), role
-        assert abs(values.mean().item()) < 5 * std / math.sqrt(len(values)), role
-    assert torch.cat(by_role[Role.BIAS]).abs().max() == 0
-    assert sorted(set(torch.cat(by_role[Role.GAIN]).tolist())) == [0.5, 1.0]
+        if not table[path]:
+            constants[by_role[path]] |= set(parameter.flatten().tolist())
+        for part in table[path]:
+            values, std = parameter.detach().flatten(), part.rule.std
+            assert values.std().item() == pytest.approx(std, rel=5 / math.sqrt(2 * len(values))), path
+            assert abs(values.mean().item()) < 5 * std / math.sqrt(len(values)), path
+    assert constants == {Role.GAIN: {0.5, 1.0}, Role.BIAS: {0.0}}
+
+
+def rule(init, role, **known):
+    """A line of the table, for a matrix of 64 by 192 in a model of width 64 and 8 layers."""
+    plain = Matrix(role, inputs=64, outputs=192, values=False, width=64, layers=8)
+    return init.rule(dataclasses.replace(plain, **known))
 
 
 def test_depth_scaled_writers():
-    stds = examples(INITS)[1].stds(8)  # type: ignore[attr-defined]
-    assert stds[Role.ATTENTION_OUT] == stds[Role.FF_OUT] == pytest.approx(stds[Role.FF_IN] / 4)
+    init = DepthScaledInit(std=0.02)
+    assert rule(init, Role.ATTENTION_OUT) == rule(init, Role.FF_OUT) == Rule(pytest.approx(0.005))
+    assert rule(init, Role.FF_IN) == rule(init, Role.EMBEDDING) == Rule(0.02)
 
 
 @pytest.mark.parametrize("init", params(examples(INITS)))
@@ -210,7 +234,7 @@ def test_initialise_leaves_nothing_unset():
     model = spec.build()
     for parameter in model.parameters():
         torch.nn.init.constant_(parameter, math.nan)
-    initialise(model, spec.init, len(spec.layers), torch.Generator().manual_seed(0))
+    initialise(model, model.init_table, torch.Generator().manual_seed(0))
     assert [path for path, parameter in model.named_parameters() if parameter.isnan().any()] == []
 
 

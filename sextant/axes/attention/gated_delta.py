@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sextant.axes.attention.base import Mixer
 from sextant.axes.attention.delta import DeltaShape, Forget, forget_cost, wide
 from sextant.axes.numerics import Numerics
-from sextant.axes.stability import Linear, RMSNorm, Role
+from sextant.axes.stability import Linear, RMSNorm, Role, Values
 from sextant.core.cost import At, Cost
 from sextant.core.state import JointSpec, LayerState
 from sextant.core.stream import Stream
@@ -81,7 +81,9 @@ class GatedDeltaModule(nn.Module):
         super().__init__()
         self.spec, self.numerics = spec, numerics
         keys, _, values = spec.shape.parts
-        self.qkvz = Linear(width, 2 * (keys + values), Role.ATTENTION_IN)
+        served = values // spec.key_heads
+        v = Values(2 * (spec.head_dim + served), 2 * spec.head_dim, 2 * spec.head_dim + served)
+        self.qkvz = Linear(width, 2 * (keys + values), Role.ATTENTION_IN, values=v)
         self.ba = Linear(width, 2 * spec.value_heads, Role.ATTENTION_IN)
         self.forget = Forget(spec.value_heads, 1)
         self.core = spec.shape.build()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sextant.axes.attention.base import Mixer
 from sextant.axes.attention.recurrence import gated, recurrence_cost, walk
 from sextant.axes.numerics import Numerics
-from sextant.axes.stability import Linear, RMSNorm, Role
+from sextant.axes.stability import Linear, RMSNorm, Role, Values
 from sextant.core.cost import At, Cost
 from sextant.core.state import LayerState, RecurrentSpec
 from sextant.core.stream import Stream
@@ -69,7 +69,7 @@ class GLAModule(nn.Module):
         keys, values = spec.heads * spec.head_dim, spec.heads * spec.value_dim
         self.q = Linear(width, keys, Role.ATTENTION_IN)
         self.k = Linear(width, keys, Role.ATTENTION_IN)
-        self.v = Linear(width, values, Role.ATTENTION_IN)
+        self.v = Linear(width, values, Role.ATTENTION_IN, values=Values())
         self.gate = Linear(width, values, Role.ATTENTION_IN)
         self.decay_down = Linear(width, spec.rank, Role.ATTENTION_IN)
         self.decay_up = Linear(spec.rank, keys, Role.ATTENTION_IN, bias=True)

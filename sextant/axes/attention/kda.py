@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sextant.axes.attention.base import Mixer
 from sextant.axes.attention.delta import DeltaShape, Forget, forget_cost, wide
 from sextant.axes.numerics import Numerics
-from sextant.axes.stability import Linear, RMSNorm, Role
+from sextant.axes.stability import Linear, RMSNorm, Role, Values
 from sextant.core.cost import At, Cost
 from sextant.core.state import JointSpec, LayerState
 from sextant.core.stream import Stream
@@ -74,7 +74,7 @@ class KDAModule(nn.Module):
         self.spec, self.numerics = spec, numerics
         self.q = Linear(width, spec.inner, Role.ATTENTION_IN)
         self.k = Linear(width, spec.inner, Role.ATTENTION_IN)
-        self.v = Linear(width, spec.inner, Role.ATTENTION_IN)
+        self.v = Linear(width, spec.inner, Role.ATTENTION_IN, values=Values())
         self.beta = Linear(width, spec.heads, Role.ATTENTION_IN)
         self.decay_down = Linear(width, spec.head_dim, Role.ATTENTION_IN)
         self.decay_up = Linear(spec.head_dim, spec.inner, Role.ATTENTION_IN)

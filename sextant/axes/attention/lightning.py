@@ -17,7 +17,7 @@ from sextant.axes.attention.base import Mixer
 from sextant.axes.attention.recurrence import decayed, recurrence_cost, walk
 from sextant.axes.kv.position import alibi_slopes
 from sextant.axes.numerics import Numerics
-from sextant.axes.stability import Linear, RMSNorm, Role
+from sextant.axes.stability import Linear, RMSNorm, Role, Values
 from sextant.core.cost import At, Cost
 from sextant.core.state import LayerState, RecurrentSpec
 from sextant.core.stream import Stream
@@ -73,7 +73,8 @@ class LightningModule(nn.Module):
     def __init__(self, spec: Lightning, width: int, numerics: Numerics):
         super().__init__()
         self.spec, self.numerics = spec, numerics
-        self.qkv = Linear(width, 3 * spec.inner, Role.ATTENTION_IN)
+        v = Values(3 * spec.head_dim, 2 * spec.head_dim, 3 * spec.head_dim)
+        self.qkv = Linear(width, 3 * spec.inner, Role.ATTENTION_IN, values=v, joint=3)
         self.gate = Linear(width, spec.inner, Role.ATTENTION_IN)
         self.o = Linear(spec.inner, width, Role.ATTENTION_OUT)
         self.norm = spec.norm.build(spec.inner)

@@ -17,7 +17,7 @@ from sextant.axes.attention.base import Mixer
 from sextant.axes.attention.recurrence import decayed, recurrence_cost, walk
 from sextant.axes.kv.position import NoPE, RoPE
 from sextant.axes.numerics import Numerics
-from sextant.axes.stability import Linear, Role
+from sextant.axes.stability import Linear, Role, Values
 from sextant.core.cost import At, Cost
 from sextant.core.state import LayerState, RecurrentSpec
 from sextant.core.stream import Stream
@@ -73,7 +73,7 @@ class RetNetModule(nn.Module):
         keys, values = spec.heads * spec.head_dim, spec.heads * spec.value_dim
         self.q = Linear(width, keys, Role.ATTENTION_IN)
         self.k = Linear(width, keys, Role.ATTENTION_IN)
-        self.v = Linear(width, values, Role.ATTENTION_IN)
+        self.v = Linear(width, values, Role.ATTENTION_IN, values=Values())
         self.gate = Linear(width, values, Role.ATTENTION_IN)
         self.o = Linear(values, width, Role.ATTENTION_OUT)
         self.position = spec.position.build(spec.heads, spec.head_dim)

@@ -23,6 +23,7 @@ class ExpertStack(nn.Module):
         self.experts = experts
         self.activation: Activation = activation
         halves = 2 if is_gated(activation) else 1
+        self.joint = {"up_EDF": halves}
         self.up_EDF = nn.Parameter(torch.empty(experts, width, halves * hidden))
         self.down_EFD = nn.Parameter(torch.empty(experts, hidden, width))
 

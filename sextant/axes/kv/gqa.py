@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sextant.axes.kv.base import KV, Heads, Projections
 from sextant.axes.kv.position import AnyPosition, RoPE
 from sextant.axes.numerics import Numerics
-from sextant.axes.stability import AnyNorm, Joined, Linear, Role
+from sextant.axes.stability import AnyNorm, Joined, Linear, Role, Values
 from sextant.core.cost import At, Cost
 from sextant.core.stream import Stream
 from sextant.kernels.attention import Scores
@@ -84,7 +84,7 @@ class GQAModule(Projections):
         heads, groups, k_dim, v_dim = spec.shape
         self.q = Linear(width, heads * k_dim, Role.ATTENTION_IN, spec.bias)
         self.k = Linear(width, groups * k_dim, Role.ATTENTION_IN, spec.bias)
-        self.v = Linear(width, groups * v_dim, Role.ATTENTION_IN, spec.bias)
+        self.v = Linear(width, groups * v_dim, Role.ATTENTION_IN, spec.bias, values=Values())
         self.o = Linear(heads * v_dim, width, Role.ATTENTION_OUT)
         self.joined: Joined | None = None
         q_width, k_width = spec.norm_widths

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from sextant.axes.kv.base import KV, Heads, Projections
 from sextant.axes.kv.position import RoPE, YaRNScaling
 from sextant.axes.numerics import Numerics
-from sextant.axes.stability import AnyNorm, Linear, RMSNorm, Role
+from sextant.axes.stability import AnyNorm, Linear, RMSNorm, Role, Values
 from sextant.core.cost import At, Cost
 from sextant.core.state import Keys, RowSpec
 from sextant.core.stream import Stream
@@ -139,7 +139,8 @@ class MLAModule(Projections):
             self.q = LatentQueries(spec, spec.q_rank, width, numerics)
         self.kv_a = Linear(width, spec.rank + spec.rope_dim, Role.ATTENTION_IN, spec.bias)
         self.kv_norm = spec.norm.build(spec.rank)
-        self.kv_b = Linear(spec.rank, heads * (spec.nope_dim + v_dim), Role.ATTENTION_IN)
+        each = spec.nope_dim + v_dim
+        self.kv_b = Linear(spec.rank, heads * each, Role.ATTENTION_IN, values=Values(each, spec.nope_dim, each))
         self.o = Linear(heads * v_dim, width, Role.ATTENTION_OUT, spec.bias)
         self.position = spec.position.build(heads, spec.rope_dim)
 

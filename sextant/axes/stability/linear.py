@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import StrEnum
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -25,12 +25,34 @@ class Role(StrEnum):
     BIAS = "bias"
 
 
-class Linear(nn.Module):
-    """``y = x W^T (+ b)`` with ``weight`` [out, in]; computes in the dtype of ``x``."""
+class Values(NamedTuple):
+    """Which rows of a matrix make attention's values: those whose number modulo ``period`` is at least ``start`` and
+    below ``stop``. The default is all rows; joint matrices repeat queries, keys and values by head.
+    """
 
-    def __init__(self, inputs: int, outputs: int, role: Role, bias: bool = False):
+    period: int = 1
+    start: int = 0
+    stop: int = 1
+
+    def split(self, weight: Tensor) -> list[tuple[bool, Tensor]]:
+        """Views of the rows in turn, and whether they do."""
+        rows = weight.unflatten(0, (-1, self.period))
+        edges = ((False, 0, self.start), (True, self.start, self.stop), (False, self.stop, self.period))
+        return [(values, rows[:, start:stop]) for values, start, stop in edges if start < stop]
+
+
+class Linear(nn.Module):
+    """``y = x W^T (+ b)`` with ``weight`` [out, in]; computes in the dtype of ``x``.
+
+    ``values`` marks rows that make attention's values, and ``joint`` says how many equal matrices lie one below
+    another: what some starts depend on.
+    """
+
+    def __init__(
+        self, inputs: int, outputs: int, role: Role, bias: bool = False, *, values: Values | None = None, joint: int = 1
+    ):
         super().__init__()
-        self.role = role
+        self.role, self.values, self.joint = role, values, {"weight": joint}
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
         self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
 

@@ -23,7 +23,7 @@ from sextant.axes.kv.base import KV, Heads
 from sextant.axes.kv.gqa import GQA
 from sextant.axes.kv.position import RoPE
 from sextant.axes.numerics import Numerics
-from sextant.axes.stability import Linear, Role
+from sextant.axes.stability import Linear, Role, Values
 from sextant.core.cost import At, Cost
 from sextant.core.errors import UsageError
 from sextant.core.state import BlockSpec, BlockState, JointSpec, JointState, LayerState, RowSpec, RowState, StateSpec
@@ -169,7 +169,7 @@ class Branch(nn.Module):
         super().__init__()
         _, groups, self.k_dim, self.v_dim = kv.shape
         self.k = Linear(width, groups * self.k_dim, Role.ATTENTION_IN, kv.bias)
-        self.v = Linear(width, groups * self.v_dim, Role.ATTENTION_IN, kv.bias)
+        self.v = Linear(width, groups * self.v_dim, Role.ATTENTION_IN, kv.bias, values=Values())
         self.norm = kv.qk_norm.build(self.k_dim) if kv.qk_norm else nn.Identity()
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
