@@ -9,7 +9,6 @@ from sextant.axes.attention.base import Selection
 from sextant.axes.kv import KV
 from sextant.axes.numerics import Numerics
 from sextant.axes.routing import Routing
-from sextant.axes.stability import SandwichNorm
 from sextant.core.errors import UsageError
 from sextant.core.state import LayerState
 from sextant.core.stream import Stream
@@ -68,13 +67,13 @@ class Block(nn.Module):
     def __init__(self, spec: Layer, width: int, numerics: Numerics, index: int):
         super().__init__()
         self.index = index
-        zero_init = spec.residual.attention_gain if isinstance(spec.residual, SandwichNorm) else 1.0
-        self.around_attention = spec.residual.build(width, zero_init)
+        around_attention, around_feed_forward = spec.residual.build(width)
+        self.around_attention = around_attention
         if isinstance(spec.attention, Pattern):
             self.attention: nn.Module = SelfAttention(spec.attention, spec.projections, width, numerics, index)
         else:
             self.attention = Mixing(spec.attention, width, numerics, index)
-        self.around_feed_forward = spec.residual.build(width)
+        self.around_feed_forward = around_feed_forward
         self.feed_forward = spec.feed_forward.build(width, numerics)
 
     def forward(self, x_TD: Tensor, stream: Stream) -> tuple[Tensor, Selection | None, Routing | None]:
