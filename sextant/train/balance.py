@@ -86,7 +86,7 @@ def alone(sums: Tensor) -> Tensor:
 
 
 class Balance:
-    """Balance terms of all MoE layers over one step.
+    """Balance terms of all MoE layers, those of prediction modules included, over one step.
 
     ``start``, then ``loss`` for each micro-batch, then ``update`` after the optimiser. Where ``ahead`` says so and
     there is more than one micro-batch, ``foresee`` comes before the first ``loss``; without it, scope ``global_batch``
@@ -97,7 +97,7 @@ class Balance:
         self.reduce = reduce
         self.terms: dict[int, tuple[BalanceTerm, ...]] = {
             index: layer.feed_forward.balance
-            for index, layer in enumerate(model.layers)
+            for index, layer in enumerate(model.all_layers)
             if isinstance(layer.feed_forward, Experts)
         }
         self.ahead = any(isinstance(t, BalanceLoss) and t.ahead for terms in self.terms.values() for t in terms)
@@ -136,7 +136,7 @@ class Balance:
         for index, terms in self.terms.items():
             for place, term in enumerate(terms):
                 if isinstance(term, BalanceUpdate) and (index, place) in self.sums:
-                    router = model.get_submodule(f"blocks.{index}.feed_forward.router")
+                    router = model.all_blocks[index].feed_forward.get_submodule("router")
                     term.update(router, self._whole(index, place), progress)
 
     def loads(self) -> dict[int, Load]:

@@ -163,7 +163,7 @@ class Trainer:
     def _routings(self, index: int, batch: Batch) -> dict[int, Routing]:
         """What the micro-batch will choose. Gradients stay on: the same kernels give the same choice."""
         self._seed(index)
-        return self.model(batch.tokens_T, batch.stream).routings
+        return self.model(batch.tokens_T, batch.stream, ahead=bool(self.model.mtp)).all_routings
 
     def _gradient_norm(self, batches: list[Batch]) -> float:
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
