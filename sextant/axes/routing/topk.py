@@ -35,9 +35,14 @@ class TopKRouter(RouterModule):
         self.bias = SelectionBias(experts) if spec.bias else None
 
     def choose(self, scores_TE: Tensor) -> Tensor:
-        """int64 ``[T, A]``, best first."""
-        scores_TE = scores_TE.detach() if self.bias is None else self.bias(scores_TE)
-        return best(scores_TE if self.spec.groups is None else self.spec.groups.limit(scores_TE), self.spec.top_k)
+        """int64 ``[T, A]``, best first by the scores themselves: a bias changes the set, not the order in it."""
+        biased_TE = scores_TE.detach() if self.bias is None else self.bias(scores_TE)
+        open_TE = biased_TE if self.spec.groups is None else self.spec.groups.limit(biased_TE)
+        chosen_TA = best(open_TE, self.spec.top_k)
+        if self.bias is None:
+            return chosen_TA
+        chosen_TA = chosen_TA.sort(dim=-1).values
+        return chosen_TA.gather(1, best(scores_TE.gather(1, chosen_TA), self.spec.top_k))
 
 
 def jittered(x_TD: Tensor, eps: float) -> Tensor:
