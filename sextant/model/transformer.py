@@ -43,6 +43,11 @@ class Output:
     onward_TD: Tensor | None = None
     ahead: tuple[Ahead, ...] = ()
 
+    @property
+    def all_routings(self) -> dict[int, Routing]:
+        """With those of the prediction modules, which have fewer rows."""
+        return self.routings | {i: routing for one in self.ahead for i, routing in one.out.routings.items()}
+
     def trace(self) -> Trace:
         """The choices of this forward, to be kept or replayed; those of prediction modules are theirs."""
         return Trace.of(self)
