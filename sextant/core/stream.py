@@ -95,3 +95,8 @@ class Stream:
         """int64: the number of the sequence that each token belongs to."""
         index_T = torch.arange(self.positions_T.numel(), device=self.positions_T.device, dtype=torch.int32)
         return torch.searchsorted(self.cu_seqlens[1:], index_T, right=True)
+
+    @cached_property
+    def lot_B(self) -> Tensor:
+        """fp32: a number from [0, 1) for each sequence, drawn once: the same in all layers, and when one is recomputed."""
+        return torch.rand(self.cu_seqlens.numel() - 1, device=self.cu_seqlens.device)

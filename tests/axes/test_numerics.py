@@ -85,9 +85,9 @@ def look_at_routing(seen: Seen, x_TD: Tensor, routing: Routing) -> None:
 
 
 def watch_combine(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
-    from sextant.axes.routing.overflow import dropless
+    from sextant.axes.routing.overflow import shares
 
-    calls, combine = [], dropless.combine
+    calls, combine = [], shares.combine
 
     def watched(y_ND, gates_TA, where):
         out = combine(y_ND, gates_TA, where)
@@ -95,7 +95,7 @@ def watch_combine(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> list[torch.dty
         seen.add("expert combine", gates_TA, out)
         return out
 
-    monkeypatch.setattr(dropless, "combine", watched)
+    monkeypatch.setattr(shares, "combine", watched)
     return calls
 
 

@@ -38,6 +38,7 @@ class Experts(FeedForward):
     @model_validator(mode="after")
     def _fits(self) -> Experts:
         self.router.fits(self.experts)
+        self.overflow.fits(self.experts)
         return self
 
     def build(self, width: int, numerics: Numerics) -> ExpertsModule:

@@ -32,10 +32,19 @@ class ExpertStack(nn.Module):
         """Of one expert."""
         return self.up_EDF[0].numel() + self.down_EFD[0].numel()
 
+    @property
+    def stacks(self) -> tuple[Tensor, Tensor]:
+        """The matrices of all experts, up and down."""
+        return self.up_EDF, self.down_EFD
+
     def forward(self, x_ND: Tensor, counts_E: Tensor) -> Tensor:
         if self.activation == "swiglu":
             return grouped_swiglu(x_ND, self.up_EDF, self.down_EFD, counts_E)
         return grouped_linear(self._activate(grouped_linear(x_ND, self.up_EDF, counts_E)), self.down_EFD, counts_E)
+
+    def one(self, x_ND: Tensor, up_DF: Tensor, down_FD: Tensor) -> Tensor:
+        """Rows through the expert with these matrices."""
+        return self._activate(x_ND @ up_DF.to(x_ND.dtype)) @ down_FD.to(x_ND.dtype)
 
     def few(self, x_TD: Tensor, experts_TA: Tensor) -> Tensor | None:
         """``y_TAD`` without sorting, where it is faster: all experts on all rows, or each copy by itself; else None."""

@@ -25,7 +25,16 @@ from sextant.axes.routing.groups import Groups
 from sextant.axes.routing.gshard import GShard
 from sextant.axes.routing.noisy_topk import NoisyTopK
 from sextant.axes.routing.overflow import TABLE as OVERFLOW
-from sextant.axes.routing.overflow import AnyOverflow, Dropless
+from sextant.axes.routing.overflow import (
+    AnyOverflow,
+    BlockPadded,
+    Capacity,
+    CappedRounds,
+    DeviceCapacity,
+    Dropless,
+    Dynamic,
+    Pooled,
+)
 from sextant.axes.routing.sigmoid_topk import SigmoidTopK
 from sextant.axes.routing.softmax_topk import SoftmaxTopK
 from sextant.axes.routing.switch import Switch
@@ -86,8 +95,9 @@ TABLE = Table(
 )
 
 __all__ = [
-    "BALANCE", "OVERFLOW", "TABLE", "AnyBalance", "AnyOverflow", "AnyRouter", "Auxiliary", "BalanceLoss", "BalanceTerm",
-    "BalanceUpdate", "Bias", "Communication", "Device", "Dropless", "ExpertChoice", "GShard", "Groups", "Importance",
-    "NoisyTopK", "Overflow", "Router", "RouterModule", "Routing", "SelectionBias", "SigmoidTopK", "SmoothLoad",
+    "BALANCE", "OVERFLOW", "TABLE", "AnyBalance", "AnyOverflow", "AnyRouter", "Auxiliary", "BalanceLoss",
+    "BalanceTerm", "BalanceUpdate", "Bias", "BlockPadded", "Capacity", "CappedRounds", "Communication", "Device",
+    "DeviceCapacity", "Dropless", "Dynamic", "ExpertChoice", "GShard", "Groups", "Importance", "NoisyTopK",
+    "Overflow", "Pooled", "Router", "RouterModule", "Routing", "SelectionBias", "SigmoidTopK", "SmoothLoad",
     "SoftmaxTopK", "Stack", "Switch", "Usage", "ZLoss",
 ]

@@ -144,8 +144,17 @@ class Stack(Protocol):
 
     experts: int
 
+    @property
+    def stacks(self) -> tuple[Tensor, Tensor]:
+        """The matrices of all experts, up and down."""
+        ...
+
     def __call__(self, x_ND: Tensor, counts_E: Tensor) -> Tensor:
         """Rows sorted by expert through their expert."""
+        ...
+
+    def one(self, x_ND: Tensor, up_DF: Tensor, down_FD: Tensor) -> Tensor:
+        """Rows through the expert with these matrices."""
         ...
 
     def few(self, x_TD: Tensor, experts_TA: Tensor) -> Tensor | None:
@@ -155,6 +164,9 @@ class Stack(Protocol):
 
 class Overflow(Spec):
     """Base of the capacity rules: which copies an expert takes, and how the rows of its share are laid out."""
+
+    def fits(self, experts: int) -> None:
+        """Raises ValueError when it cannot rule over this many experts."""
 
     def admit(self, routing: Routing, stream: Stream, training: bool) -> Routing:
         """The routing with ``kept_TA`` where copies are dropped; here all are taken."""

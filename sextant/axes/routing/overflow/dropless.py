@@ -7,26 +7,25 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
+from pydantic import Field
 from torch import Tensor
 
 from sextant.axes.routing.base import Overflow, Routing, Stack, Usage
-from sextant.kernels.grouped import row_tile
-from sextant.kernels.permute import combine, dispatch, plan
+from sextant.axes.routing.overflow.rounds import fixed_tiles
+from sextant.axes.routing.overflow.shares import through
 
 
 class Dropless(Overflow):
-    """No limit per expert; imbalance costs time, not tokens."""
+    """No limit per expert; imbalance costs time, not tokens.
+
+    With ``tile`` every product has exactly so many rows, so that results do not depend on how rows are divided: the
+    bits of :class:`~sextant.axes.routing.overflow.rounds.CappedRounds`, at the price of many small products.
+    """
 
     kind: Literal["dropless"] = "dropless"
+    tile: int | None = Field(default=None, ge=1)
 
     def compute(self, experts: Stack, x_TD: Tensor, routing: Routing) -> tuple[Tensor, Usage]:
-        """All copies, sorted by expert; the few of a decoding step without sorting."""
-        y_TAD, gates_TA = experts.few(x_TD, routing.experts_TA), routing.gates_TA
-        if y_TAD is not None:
-            y_TD = torch.linalg.vecdot(y_TAD.to(gates_TA.dtype), gates_TA[..., None], dim=1)
-            return y_TD, Usage(gates_TA.numel(), gates_TA.numel())
-        where = plan(routing.experts_TA, experts.experts, row_tile(x_TD, routing.experts_TA.numel()))
-        rows_ND = dispatch(x_TD, where, gates_TA.shape[1])
-        y_TD = combine(experts(rows_ND, where.counts_E), gates_TA, where)
-        return y_TD, Usage(len(rows_ND), len(rows_ND))
+        if self.tile is None:
+            return through(experts, x_TD, routing)
+        return fixed_tiles(experts, x_TD, routing, self.tile)
