@@ -39,6 +39,8 @@ class NoisyTopK(Router):
 class NoisyRouter(RouterModule):
     """``weight`` (Wg) and ``noise`` (Wn) are [E, D]; logits and probabilities are those of ``h``."""
 
+    starts_at_zero = True
+
     def __init__(self, spec: NoisyTopK, width: int, experts: int):
         super().__init__(width, experts)
         self.spec = spec

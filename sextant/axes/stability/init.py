@@ -7,7 +7,7 @@ biases and scales are set rather than drawn: by the ``fill`` of the module that 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 import torch
@@ -166,10 +166,16 @@ def table(model: nn.Module, init: Init, width: int, layers: int) -> InitTable:
     for name, parameter in model.named_parameters():
         owner, _, attribute = name.rpartition(".")
         found[name] = () if by_role[name] in SET else tuple(
-            Part(matrix, init.rule(matrix), view)
+            Part(matrix, _rule(init, matrix, modules[owner]), view)
             for matrix, view in _matrices(modules[owner], attribute, parameter, by_role[name], width, layers)
         )
     return found
+
+
+def _rule(init: Init, matrix: Matrix, module: nn.Module) -> Rule:
+    """The scheme's rule; matrices of a module with ``starts_at_zero`` start at 0 under every scheme."""
+    rule = init.rule(matrix)
+    return replace(rule, std=0.0) if getattr(module, "starts_at_zero", False) else rule
 
 
 def _matrices(
