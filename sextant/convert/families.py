@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from sextant.axes.attention import DSA, Full, Lightning, Pattern, Window
 from sextant.axes.attention.lightning import fade
 from sextant.axes.capacity import Dense, Experts
 from sextant.axes.capacity.activation import Activation
 from sextant.axes.kv import GQA, MLA, RoPE
-from sextant.axes.routing import Auxiliary, SoftmaxTopK
-from sextant.axes.stability import DeepNorm, NormalInit, PreNorm, RMSNorm, SandwichNorm
+from sextant.axes.routing import Auxiliary, Groups, SigmoidTopK, SoftmaxTopK
+from sextant.axes.stability import AnyNorm, DeepNorm, LayerNorm, NormalInit, PreNorm, RMSNorm, SandwichNorm
 from sextant.convert.fields import NUMBER, Fields, one_rope, ropes_by_type
 from sextant.core.errors import UsageError
 from sextant.model.spec import Layer, ModelSpec, stack
@@ -36,7 +36,7 @@ def _heads(fields: Fields, width: int, position: RoPE, **more: Any) -> GQA:
     )
 
 
-def _ends(fields: Fields, norm: RMSNorm, width: int, context: int, tied: bool) -> dict[str, Any]:
+def _ends(fields: Fields, norm: AnyNorm, width: int, context: int, tied: bool) -> dict[str, Any]:
     """What every family says alike about the model around its layers."""
     return {
         "vocab": fields.need("vocab_size"),
@@ -84,14 +84,21 @@ def _mixtral(fields: Fields, name: str) -> ModelSpec:
 
 
 def _experts(fields: Fields, layers: int) -> Experts:
+    experts, hidden = fields.need("num_local_experts"), fields.need("intermediate_size")
+    return _softmax_experts(fields, layers, experts, hidden, normalize=True)
+
+
+def _softmax_experts(fields: Fields, layers: int, experts: int, hidden: int, *, normalize: bool) -> Experts:
+    """A mixture with the loss of Mixtral and its followers, pooled over this many layers."""
     top_k, coef = fields.need("num_experts_per_tok"), fields.take("router_aux_loss_coef", NUMBER, 0.001, zero=True)
     return Experts(
-        experts=fields.need("num_local_experts"),
-        hidden=fields.need("intermediate_size"),
-        router=SoftmaxTopK(top_k=top_k, normalize=True),
-        activation=fields.choose("hidden_act", ACTIVATIONS, "silu"),
-        balance=(Auxiliary(coef=balance_coef(coef, top_k, layers)),) if coef else (),
+        experts=experts, hidden=hidden, router=SoftmaxTopK(top_k=top_k, normalize=normalize),
+        activation=fields.choose("hidden_act", ACTIVATIONS, "silu"), balance=_pooled(coef, top_k, layers),
     )
+
+
+def _pooled(coef: float, top_k: int, layers: int) -> tuple[Auxiliary, ...]:
+    return (Auxiliary(coef=balance_coef(coef, top_k, layers)),) if coef else ()
 
 
 def balance_coef(coef: float, top_k: int, layers: int) -> float:
@@ -101,6 +108,103 @@ def balance_coef(coef: float, top_k: int, layers: int) -> float:
     layers; ours has ``f`` sum to 1 and adds the layers up. The two agree when all layers share one load.
     """
     return coef * top_k / layers
+
+
+def _olmoe(fields: Fields, name: str) -> ModelSpec:
+    """Fine experts with raw gates, and one norm over the queries, or keys, of all heads. Clipping comes after that norm
+    there and before it here, so it is refused.
+    """
+    fields.only(attention_bias=False, attention_dropout=0.0, clip_qkv=None)
+    width, context, norm = fields.need("hidden_size"), fields.need("max_position_embeddings"), _norm(fields)
+    depth, hidden = fields.need("num_hidden_layers"), fields.need("intermediate_size")
+    normalize = fields.take("norm_topk_prob", bool, False)
+    layers = stack(
+        depth,
+        kv=_heads(fields, width, one_rope(fields, context), qk_norm=norm, qk_norm_over="all"),
+        feed_forward=_softmax_experts(fields, depth, _number_of_experts(fields), hidden, normalize=normalize),
+        residual=PreNorm(norm=norm),
+    )
+    return ModelSpec(name=name, layers=layers, **_ends(fields, norm, width, context, tied=False))
+
+
+def _qwen3_moe(fields: Fields, name: str) -> ModelSpec:
+    """Heads with a norm each; a mixture in every ``decoder_sparse_step``-th layer that is not said to be dense."""
+    fields.only(attention_bias=False, attention_dropout=0.0)
+    width, context, norm = fields.need("hidden_size"), fields.need("max_position_embeddings"), _norm(fields)
+    depth = fields.need("num_hidden_layers")
+    layers = stack(
+        depth,
+        attention=_qwen3_pattern(fields, context),
+        kv=_heads(fields, width, one_rope(fields, context), qk_norm=norm),
+        feed_forward=_qwen3_feed_forward(fields, depth),
+        residual=PreNorm(norm=norm),
+    )
+    return ModelSpec(name=name, layers=layers, **_ends(fields, norm, width, context, tied=False))
+
+
+def _qwen3_pattern(fields: Fields, context: int) -> Full | Window:
+    """``sliding_window`` counts where ``use_sliding_window`` says so; then all layers have it."""
+    window, used = fields.take("sliding_window", int, 4096), fields.take("use_sliding_window", bool, False)
+    fields.left.pop("max_window_layers", None)  # in older files; no class reads it
+    return _pattern(window if used else None, context)
+
+
+def _qwen3_feed_forward(fields: Fields, depth: int) -> list[Dense | Experts]:
+    step, plain = fields.take("decoder_sparse_step", int, 1), fields.take("mlp_only_layers", list, [])
+    sparse = [layer not in plain and (layer + 1) % step == 0 for layer in range(depth)]
+    hidden, normalize = fields.need("moe_intermediate_size"), fields.take("norm_topk_prob", bool, False)
+    experts = _softmax_experts(fields, max(1, sum(sparse)), _number_of_experts(fields), hidden, normalize=normalize)
+    dense = Dense(hidden=fields.need("intermediate_size"), activation=experts.activation)
+    return [experts if mixture else dense for mixture in sparse]
+
+
+def _number_of_experts(fields: Fields) -> int:
+    """Older and newer files have a name each for it."""
+    return fields.take("num_experts", int) or fields.need("num_local_experts")
+
+
+def _dbrx(fields: Fields, name: str) -> ModelSpec:
+    """LayerNorm without bias, clipped projections, experts as tall matrices."""
+    width, context, depth = fields.need("d_model"), fields.need("max_seq_len"), fields.need("n_layers")
+    fields.only(resid_pdrop=0.0, emb_pdrop=0.0)
+    norm = LayerNorm(eps=1e-5, bias=False)
+    layers = stack(
+        depth,
+        kv=_dbrx_heads(fields, width, context),
+        feed_forward=_dbrx_experts(fields, width, depth),
+        residual=PreNorm(norm=norm),
+    )
+    return ModelSpec(name=name, layers=layers, **_ends(fields, norm, width, context, tied=False))
+
+
+def _dbrx_heads(fields: Fields, width: int, context: int) -> GQA:
+    part, heads = Fields(fields.need("attn_config", dict), "config.json: attn_config"), fields.need("n_heads")
+    part.only(attn_pdrop=0.0)
+    groups, clip = part.take("kv_n_heads", int, 1), part.take("clip_qkv", NUMBER)
+    fields.only(num_key_value_heads=groups)
+    position = one_rope(fields, context, theta=float(part.take("rope_theta", NUMBER, 10_000.0)))
+    part.done()
+    clip = None if clip is None else float(clip)
+    return GQA(heads=heads, kv_heads=groups, head_dim=width // heads, position=position, clip=clip)
+
+
+def _dbrx_experts(fields: Fields, width: int, layers: int) -> Experts:
+    """``moe_normalize_expert_weights`` is the exponent of a norm, or null. The noise of training is on the router's
+    input here, as in MegaBlocks; transformers lets the experts see it too.
+    """
+    given = {"moe_normalize_expert_weights": 1.0, **fields.need("ffn_config", dict)}
+    part = Fields(given, "config.json: ffn_config")
+    part.only(hidden_size=width, ffn_act_fn={"name": "silu"})
+    coef, top_k = part.take("moe_loss_weight", NUMBER, 0.01, zero=True), part.take("moe_top_k", int, 1)
+    p_norm = part.take("moe_normalize_expert_weights", NUMBER)
+    jitter = float(part.take("moe_jitter_eps", NUMBER, 0.0, zero=True))
+    experts = Experts(
+        experts=part.take("moe_num_experts", int, 4), hidden=part.take("ffn_hidden_size", int, 3584),
+        router=SoftmaxTopK(top_k=top_k, normalize=bool(p_norm), p_norm=float(p_norm or 1.0), jitter=jitter),
+        balance=_pooled(coef, top_k, layers),
+    )
+    part.done()
+    return experts
 
 
 def _gemma3(fields: Fields, name: str) -> ModelSpec:
@@ -164,7 +268,7 @@ _FOR_EXPERTS = (
 
 
 def _deepseek_feed_forward(fields: Fields, depth: int) -> list[Dense | Experts]:
-    """Dense layers, then experts where our routers have the rule: V2's greedy softmax."""
+    """Dense layers, then experts."""
     activation = fields.choose("hidden_act", ACTIVATIONS, "silu")
     dense = Dense(hidden=fields.need("intermediate_size"), activation=activation)
     first = fields.take("first_k_dense_replace", int, 0, zero=True)
@@ -178,18 +282,41 @@ def _deepseek_feed_forward(fields: Fields, depth: int) -> list[Dense | Experts]:
 
 
 def _fine_experts(fields: Fields, activation: Activation) -> Experts:
-    """V2-Lite's. transformers heeds neither ``norm_topk_prob`` nor the balance losses, which act in training only."""
-    fields.only(topk_method="greedy", scoring_func="softmax", norm_topk_prob=False)
-    for name in ("n_group", "topk_group", "seq_aux", "aux_loss_alpha"):
+    """The balance losses act in training only, and their constants in released files are not the papers'."""
+    for name in ("seq_aux", "aux_loss_alpha"):
         fields.left.pop(name, None)
-    hidden = fields.need("moe_intermediate_size")
-    router = SoftmaxTopK(
-        top_k=fields.need("num_experts_per_tok"), scale=float(fields.take("routed_scaling_factor", NUMBER, 1.0))
-    )
+    hidden, routers = fields.need("moe_intermediate_size"), {"softmax": _softmax_router, "sigmoid": _sigmoid_router}
     return Experts(
-        experts=fields.need("n_routed_experts"), hidden=hidden, router=router, activation=activation,
+        experts=fields.need("n_routed_experts"), hidden=hidden, activation=activation,
+        router=fields.choose("scoring_func", routers, "softmax")(fields),
         shared=hidden * fields.take("n_shared_experts", int, 0, zero=True),
     )
+
+
+def _softmax_router(fields: Fields) -> SoftmaxTopK:
+    """V2's, inside few groups, and V2-Lite's over all; transformers does not heed ``norm_topk_prob``."""
+    fields.only(norm_topk_prob=False)
+    groups = _groups(fields, "max")
+    limited = fields.choose("topk_method", {"greedy": False, "group_limited_greedy": True}, "greedy")
+    return SoftmaxTopK(groups=groups if limited else None, **_choice(fields))
+
+
+def _sigmoid_router(fields: Fields) -> SigmoidTopK:
+    """V3's, with its bias."""
+    fields.only(topk_method="noaux_tc")
+    normalize = fields.take("norm_topk_prob", bool, True)
+    return SigmoidTopK(groups=_groups(fields, "top2"), normalize=normalize, **_choice(fields))
+
+
+def _choice(fields: Fields) -> dict[str, Any]:
+    scale = float(fields.take("routed_scaling_factor", NUMBER, 1.0))
+    return {"top_k": fields.need("num_experts_per_tok"), "scale": scale}
+
+
+def _groups(fields: Fields, score: Literal["max", "top2"]) -> Groups | None:
+    """One group is no limit."""
+    count, kept = fields.take("n_group", int, 1), fields.take("topk_group", int, 1)
+    return Groups(count=count, kept=kept, score=score) if count > 1 else None
 
 
 def _deepseek_v3(fields: Fields, name: str) -> ModelSpec:
@@ -199,9 +326,15 @@ def _deepseek_v3(fields: Fields, name: str) -> ModelSpec:
     return _deepseek(fields, name)
 
 
+INDEXED = ("indexed_attention", "deepseek_sparse_attention")
+"""Newer and older name of a layer with an indexer."""
+
+
 def _deepseek_v32(fields: Fields, name: str) -> ModelSpec:
     """V3 with an indexer in every layer, whose rotary channels are as many as the main attention's."""
-    fields.only(layer_types=["indexed_attention"] * fields.left.get("num_hidden_layers", 0))
+    if kinds := fields.take("layer_types", list):
+        fields.left["layer_types"] = [INDEXED[0] if kind in INDEXED else kind for kind in kinds]
+    fields.only(layer_types=[INDEXED[0]] * fields.left.get("num_hidden_layers", 0))
     return _deepseek(fields, name, _dsa)
 
 
@@ -313,18 +446,25 @@ def _minimax_released(fields: Fields, name: str) -> ModelSpec:
 
 
 READERS: dict[str, Callable[[Fields, str], ModelSpec]] = {
-    "llama": _llama, "mistral": _llama, "mixtral": _mixtral, "gemma3_text": _gemma3, "deepseek_v2": _deepseek,
+    "llama": _llama, "mistral": _llama, "mixtral": _mixtral, "olmoe": _olmoe,
+    "qwen3_moe": _qwen3_moe, "dbrx": _dbrx, "gemma3_text": _gemma3, "deepseek_v2": _deepseek,
     "deepseek_v3": _deepseek_v3, "deepseek_v32": _deepseek_v32, "minimax": _minimax,
     "minimax_text_01": _minimax_released, "minimax_m1": _minimax_released,
 }
 """``model_type`` -> how its configuration is read."""
 
-_V3 = {"rms_norm_eps": 1e-6, "first_k_dense_replace": 3, "topk_method": "noaux_tc", "scoring_func": "sigmoid"}
+_V3 = {
+    "rms_norm_eps": 1e-6, "first_k_dense_replace": 3, "topk_method": "noaux_tc", "scoring_func": "sigmoid",
+    "n_group": 8, "topk_group": 4, "routed_scaling_factor": 2.5,
+}
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"rms_norm_eps": 1e-6},
     "mistral": {"rms_norm_eps": 1e-6, "num_key_value_heads": 8, "sliding_window": 4096},
     "mixtral": {"rms_norm_eps": 1e-5, "num_key_value_heads": 8},
+    "olmoe": {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "router_aux_loss_coef": 0.01},
+    "qwen3_moe": {"rms_norm_eps": 1e-6, "num_key_value_heads": 4, "max_position_embeddings": 32_768},
+    "dbrx": {},
     "deepseek_v2": {"rms_norm_eps": 1e-6, "topk_method": "greedy"},
     "deepseek_v3": {**_V3, "max_position_embeddings": 4096},
     "deepseek_v32": {

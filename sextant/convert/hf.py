@@ -13,6 +13,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from sextant.axes.routing import SelectionBias
 from sextant.convert.families import DEFAULTS, READERS
 from sextant.convert.fields import Fields
 from sextant.convert.maps import Link, links
@@ -65,16 +66,17 @@ def import_weights(model: Transformer, tensors: Mapping[str, Tensor], family: st
         CheckpointError: missing, unexpected or mis-shaped tensors; the first five are named, and nothing was changed.
         UsageError: unknown family, or a model that is not of this family or has no memory.
     """
-    parameters = dict(model.named_parameters())
-    if any(parameter.is_meta for parameter in parameters.values()):
+    ours = weights(model)
+    if any(tensor.is_meta for tensor in ours.values()):
         raise UsageError("cannot import into a model without memory", got="device meta", fix="Build it on cpu")
-    plan = list(links(family, {name: parameter.shape for name, parameter in parameters.items()}))
+    plan = list(links(family, {name: tensor.shape for name, tensor in ours.items()}))
     problems = list(_problems(plan, tensors))
     if problems:
         what = f"{len(problems)} tensors do not fit this {family} model"
         raise CheckpointError(what, where="; ".join(problems[:5]), fix="Use the config.json that came with the tensors")
     for link in plan:
-        parameters[link.ours].copy_(link.join(tensors))
+        for name, tensor in link.join(tensors).items():
+            ours[name].copy_(tensor)
 
 
 def _problems(plan: list[Link], tensors: Mapping[str, Tensor]) -> Iterator[str]:
@@ -103,7 +105,14 @@ def export_weights(model: Transformer, family: str) -> dict[str, Tensor]:
     Raises:
         UsageError: unknown family, or a model that is not of this family.
     """
-    return to_disk({name: parameter.detach() for name, parameter in model.named_parameters()}, family)
+    return to_disk(weights(model), family)
+
+
+def weights(model: Transformer) -> dict[str, Tensor]:
+    """What files hold of a model, outside the graph: its parameters, and the biases that steer its routers."""
+    named = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    biases = ((name, module) for name, module in model.named_modules() if isinstance(module, SelectionBias))
+    return named | {f"{name}.value_E": module.value_E for name, module in biases}
 
 
 def to_disk(tensors: Mapping[str, Tensor], family: str) -> dict[str, Tensor]:
@@ -113,4 +122,4 @@ def to_disk(tensors: Mapping[str, Tensor], family: str) -> dict[str, Tensor]:
         UsageError: as :func:`export_weights`.
     """
     plan = links(family, {name: tensor.shape for name, tensor in tensors.items()})
-    return {name: part.contiguous() for link in plan for name, part in link.split(tensors[link.ours]).items()}
+    return {name: part.contiguous() for link in plan for name, part in link.split(tensors).items()}

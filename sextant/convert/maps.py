@@ -1,7 +1,8 @@
 """Which tensor of ours is which tensor on a hub's disk: one table per family, read from left to right.
 
-A row holds our parameter name, the names in the safetensors files, and the move between them. ``{i}`` counts layers,
-``{e}`` experts. Every move has an inverse, so the same rows import and export. Names are those of files, not of modules
+A row holds our parameter names, the names in the safetensors files, and the move between them. ``{i}`` counts layers,
+``{e}`` experts. Every move has an inverse, so the same rows import and export. Several names of ours stand for their
+rows below one another. Names are those of files, not of modules
 in memory: transformers 5 fuses experts when it loads and takes them apart again when it saves.
 """
 
@@ -19,35 +20,59 @@ from sextant.core.errors import UsageError, nearest
 
 @dataclass(frozen=True)
 class Move:
-    """How tensors on disk become one of ours (``join``) and back (``split``); both take a row's number of names."""
+    """How tensors on disk become ours (``join``, which is told the first size of ours) and back (``split``, told how
+    many names a row has).
+    """
 
     join: Callable[[Sequence[Tensor], int], Tensor]
     split: Callable[[Tensor, int], list[Tensor]]
 
 
-def _stack_transposed(parts: Sequence[Tensor], ways: int) -> Tensor:
-    """Matrices ``[out, in]``, ``ways`` for each expert, to ``[E, in, ways * out]``."""
-    experts = [torch.cat([part.t() for part in parts[at : at + ways]], dim=1) for at in range(0, len(parts), ways)]
-    return torch.stack(experts)
+def _stack_transposed(parts: Sequence[Tensor], experts: int) -> Tensor:
+    """Matrices ``[out, in]``, one or two for each expert, to ``[E, in, out]`` side by side."""
+    ways = len(parts) // experts
+    each = [torch.cat([part.t() for part in parts[at : at + ways]], dim=1) for at in range(0, len(parts), ways)]
+    return torch.stack(each)
 
 
 def _unstack_transposed(stack: Tensor, ways: int) -> list[Tensor]:
     return [part.t() for expert in stack for part in expert.chunk(ways, dim=1)]
 
 
-SAME = Move(join=lambda parts, ways: parts[0], split=lambda tensor, ways: [tensor])
+def _tall_transposed(parts: Sequence[Tensor], experts: int) -> Tensor:
+    """Matrices ``[E * out, in]`` to ``[E, in, out]`` side by side."""
+    return torch.cat([part.unflatten(0, (experts, -1)).transpose(1, 2) for part in parts], dim=2)
+
+
+def _untall_transposed(stack: Tensor, ways: int) -> list[Tensor]:
+    return [part.transpose(1, 2).flatten(0, 1) for part in stack.chunk(ways, dim=2)]
+
+
+SAME = Move(join=lambda parts, _: parts[0], split=lambda tensor, _: [tensor])
 STACK = Move(join=_stack_transposed, split=_unstack_transposed)
-ROWS = Move(join=lambda parts, ways: torch.cat(list(parts)), split=lambda tensor, ways: list(tensor.chunk(ways)))
-PER_HEAD = Move(join=lambda parts, ways: parts[0].flatten(), split=lambda tensor, ways: [tensor.view(1, 1, -1, 1)])
+TALL_TRANSPOSED = Move(join=_tall_transposed, split=_untall_transposed)
+TALL = Move(join=lambda parts, n: parts[0].unflatten(0, (n, -1)), split=lambda tensor, _: [tensor.flatten(0, 1)])
+ROWS = Move(join=lambda parts, _: torch.cat(list(parts)), split=lambda tensor, ways: list(tensor.chunk(ways)))
+PER_HEAD = Move(join=lambda parts, _: parts[0].flatten(), split=lambda tensor, _: [tensor.view(1, 1, -1, 1)])
 
 
 @dataclass(frozen=True)
 class Row:
     """One line of a map: ``ours <- theirs``, with what happens on the way."""
 
-    ours: str
+    ours: str | tuple[str, ...]
     theirs: str | tuple[str, ...]
     move: Move = SAME
+
+    @property
+    def our_names(self) -> tuple[str, ...]:
+        """Ours as a tuple."""
+        return (self.ours,) if isinstance(self.ours, str) else self.ours
+
+    @property
+    def their_names(self) -> tuple[str, ...]:
+        """Theirs as a tuple."""
+        return (self.theirs,) if isinstance(self.theirs, str) else self.theirs
 
 
 ENDS = (
@@ -140,13 +165,18 @@ INDEXER = (
     Row("blocks.{i}.attention.pattern.indexer.weights.weight", f"{_INDEXER}.weights_proj.weight"),
 )
 _FINE = "model.layers.{i}.mlp.experts.{e}"
-FINE_EXPERTS = (  # many small ones; the shared ones lie side by side as one
+FINE_EXPERTS = (  # many small ones
     Row("blocks.{i}.feed_forward.router.weight", "model.layers.{i}.mlp.gate.weight"),
     Row("blocks.{i}.feed_forward.experts.up_EDF", (f"{_FINE}.gate_proj.weight", f"{_FINE}.up_proj.weight"), STACK),
     Row("blocks.{i}.feed_forward.experts.down_EFD", f"{_FINE}.down_proj.weight", STACK),
+)
+SHARED_EXPERTS = (  # side by side as one
     Row("blocks.{i}.feed_forward.shared.gate.weight", "model.layers.{i}.mlp.shared_experts.gate_proj.weight"),
     Row("blocks.{i}.feed_forward.shared.up.weight", "model.layers.{i}.mlp.shared_experts.up_proj.weight"),
     Row("blocks.{i}.feed_forward.shared.down.weight", "model.layers.{i}.mlp.shared_experts.down_proj.weight"),
+)
+SELECTION_BIAS = (
+    Row("blocks.{i}.feed_forward.router.bias.value_E", "model.layers.{i}.mlp.gate.e_score_correction_bias"),
 )
 _EXPERT = "model.layers.{i}.block_sparse_moe.experts.{e}"
 EXPERTS = (  # w1 is the gate, w3 the value, w2 the way back
@@ -154,14 +184,36 @@ EXPERTS = (  # w1 is the gate, w3 the value, w2 the way back
     Row("blocks.{i}.feed_forward.experts.up_EDF", (f"{_EXPERT}.w1.weight", f"{_EXPERT}.w3.weight"), STACK),
     Row("blocks.{i}.feed_forward.experts.down_EFD", f"{_EXPERT}.w2.weight", STACK),
 )
+_DBRX = "transformer.blocks.{i}"
+DBRX = (  # queries, keys and values as one; every matrix of the experts as one tall one
+    Row("embedding.weight", "transformer.wte.weight"),
+    Row("norm.gain", "transformer.norm_f.weight"),
+    Row("head.weight", "lm_head.weight"),
+    Row("blocks.{i}.around_attention.norm.gain", f"{_DBRX}.norm_attn_norm.norm_1.weight"),
+    Row("blocks.{i}.around_feed_forward.norm.gain", f"{_DBRX}.norm_attn_norm.norm_2.weight"),
+    Row(
+        ("blocks.{i}.attention.kv.q.weight", "blocks.{i}.attention.kv.k.weight", "blocks.{i}.attention.kv.v.weight"),
+        f"{_DBRX}.norm_attn_norm.attn.Wqkv.weight",
+    ),
+    Row("blocks.{i}.attention.kv.o.weight", f"{_DBRX}.norm_attn_norm.attn.out_proj.weight"),
+    Row("blocks.{i}.feed_forward.router.weight", f"{_DBRX}.ffn.router.layer.weight"),
+    Row(
+        "blocks.{i}.feed_forward.experts.up_EDF", (f"{_DBRX}.ffn.experts.mlp.w1", f"{_DBRX}.ffn.experts.mlp.v1"),
+        TALL_TRANSPOSED,
+    ),
+    Row("blocks.{i}.feed_forward.experts.down_EFD", f"{_DBRX}.ffn.experts.mlp.w2", TALL),
+)
 
 FAMILIES: dict[str, tuple[Row, ...]] = {
     "llama": ENDS + ATTENTION + PRE_NORMS + DENSE,
     "mistral": ENDS + ATTENTION + PRE_NORMS + DENSE,
     "mixtral": ENDS + ATTENTION + PRE_NORMS + EXPERTS,
-    "deepseek_v2": ENDS + MLA + PRE_NORMS + DENSE + FINE_EXPERTS,
-    "deepseek_v3": ENDS + MLA + PRE_NORMS + DENSE,
-    "deepseek_v32": ENDS + MLA + INDEXER + PRE_NORMS + DENSE,
+    "olmoe": ENDS + ATTENTION + QK_NORMS + PRE_NORMS + FINE_EXPERTS,
+    "qwen3_moe": ENDS + ATTENTION + QK_NORMS + PRE_NORMS + DENSE + FINE_EXPERTS,
+    "dbrx": DBRX,
+    "deepseek_v2": ENDS + MLA + PRE_NORMS + DENSE + FINE_EXPERTS + SHARED_EXPERTS,
+    "deepseek_v3": ENDS + MLA + PRE_NORMS + DENSE + FINE_EXPERTS + SHARED_EXPERTS + SELECTION_BIAS,
+    "deepseek_v32": ENDS + MLA + INDEXER + PRE_NORMS + DENSE + FINE_EXPERTS + SHARED_EXPERTS + SELECTION_BIAS,
     "minimax": ENDS + ATTENTION + LIGHTNING + PRE_NORMS + EXPERTS,
     "minimax_text_01": ENDS + ATTENTION + LIGHTNING + PRE_NORMS + EXPERTS,
     "minimax_m1": ENDS + ATTENTION + LIGHTNING + PRE_NORMS + EXPERTS,
@@ -172,25 +224,28 @@ FAMILIES: dict[str, tuple[Row, ...]] = {
 
 @dataclass(frozen=True)
 class Link:
-    """A row applied to one parameter.
+    """A row applied to the parameters of one layer.
 
     Attributes:
-        ours: our parameter's name.
+        ours: our name -> shape; one, or several whose rows lie below one another.
         shapes: disk name -> shape of the tensor there, in the order that ``join`` takes them.
     """
 
-    ours: str
+    ours: dict[str, torch.Size]
     shapes: dict[str, torch.Size]
-    move: Move
-    ways: int
+    row: Row
 
-    def join(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Our tensor, from those on disk."""
-        return self.move.join([tensors[name] for name in self.shapes], self.ways)
+    def join(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Our tensors by name, from those on disk."""
+        rows = [shape[0] for shape in self.ours.values()]
+        whole = self.row.move.join([tensors[name] for name in self.shapes], sum(rows))
+        return dict(zip(self.ours, whole.split(rows), strict=True))
 
-    def split(self, tensor: Tensor) -> dict[str, Tensor]:
+    def split(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors on disk, from ours."""
-        return dict(zip(self.shapes, self.move.split(tensor, self.ways), strict=True))
+        parts = [tensors[name] for name in self.ours]
+        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return dict(zip(self.shapes, self.row.move.split(whole, len(self.row.their_names)), strict=True))
 
 
 def family_map(family: str) -> tuple[Row, ...]:
@@ -205,24 +260,26 @@ def family_map(family: str) -> tuple[Row, ...]:
 
 
 def links(family: str, shapes: Mapping[str, torch.Size]) -> Iterator[Link]:
-    """The family's map for parameters with these names and shapes.
+    """The family's map for parameters with these names and shapes; some may be missing, as gradients are.
 
     Raises:
         UsageError: unknown family, or a parameter that the family does not have.
     """
-    rows = {row.ours: row for row in family_map(family)}
-    for name, shape in shapes.items():
+    rows = {name: row for row in family_map(family) for name in row.our_names}
+    for name in shapes:
         pattern = re.sub(r"^blocks\.\d+\.", "blocks.{i}.", name)
         if pattern not in rows:
             fix = "Export it as another family, or change the declaration"
             raise UsageError(f"the {family} family has no such parameter", where=name, fix=fix)
-        yield _link(rows[pattern], name, shape)
+        if pattern == rows[pattern].our_names[0]:
+            yield _link(rows[pattern], name.split(".")[1], shapes)
 
 
-def _link(row: Row, name: str, shape: torch.Size) -> Link:
-    theirs = (row.theirs,) if isinstance(row.theirs, str) else row.theirs
-    layer = name.split(".")[1]
-    experts = range(shape[0] if row.move is STACK else 1)
-    names = [pattern.format(i=layer, e=expert) for expert in experts for pattern in theirs]
-    parts = row.move.split(torch.empty(shape, device="meta"), len(theirs))
-    return Link(name, {n: part.shape for n, part in zip(names, parts, strict=True)}, row.move, len(theirs))
+def _link(row: Row, layer: str, shapes: Mapping[str, torch.Size]) -> Link:
+    ours = {name: shapes[name] for name in (pattern.format(i=layer) for pattern in row.our_names)}
+    first = next(iter(ours.values()))
+    whole = torch.Size([sum(shape[0] for shape in ours.values()), *first[1:]])
+    experts = range(first[0] if row.move is STACK else 1)
+    names = [pattern.format(i=layer, e=expert) for expert in experts for pattern in row.their_names]
+    parts = row.move.split(torch.empty(whole, device="meta"), len(row.their_names))
+    return Link(ours, {n: part.shape for n, part in zip(names, parts, strict=True)}, row)

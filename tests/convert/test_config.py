@@ -11,6 +11,7 @@ from oracle_hf import BASE, CASES, LLAMA3
 
 from sextant.axes.attention import Full, Window
 from sextant.axes.kv import Llama3Scaling, RoPE
+from sextant.axes.routing import SoftmaxTopK
 from sextant.convert import spec_from_hf
 from sextant.core.errors import UsageError
 from sextant.recipes import gemma_3, llama_3_8b, mistral_7b, mixtral_8x7b
@@ -91,7 +92,7 @@ def test_transformers_prints_what_we_read(name: str):
     from transformers import CONFIG_MAPPING
 
     case = CASES[name]
-    spec = spec_from_hf(CONFIG_MAPPING[case.family](**{**BASE, **case.config}).to_dict(), name=name)
+    spec = spec_from_hf(CONFIG_MAPPING[case.family](**case.fields).to_dict(), name=name)
     assert (spec.name, spec.width, spec.vocab) == (name, 48, 61)
     assert spec.layers[0].kv.shape[:2] == (6, case.config.get("num_key_value_heads", 2))
 
@@ -118,6 +119,43 @@ def test_windows_of_mistral(more: dict[str, Any], expected: Any):
     assert spec_from_hf(TINY | {"model_type": "mistral"} | more).layers[0].attention == expected
     long = spec_from_hf(TINY | {"model_type": "mistral", "max_position_embeddings": 8192})
     assert long.layers[0].attention == Window(window=4096)
+
+
+def test_qwen_layers_without_experts():
+    """Every second layer is a mixture, but for those said to be dense; the loss is pooled over the mixtures alone."""
+    more = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 20, "router_aux_loss_coef": 0.01}
+    config = {**TINY, "model_type": "qwen3_moe", "num_hidden_layers": 6, "decoder_sparse_step": 2, **more}
+    spec = spec_from_hf({**config, "mlp_only_layers": [3], "max_window_layers": 28})
+    kinds = [layer.feed_forward.kind for layer in spec.layers]
+    assert kinds == ["dense", "experts", "dense", "dense", "dense", "experts"]
+    (term,) = spec.layers[1].feed_forward.balance
+    assert term.coef == pytest.approx(0.01 * 3 / 2)
+
+
+def test_gates_of_dbrx():
+    """Absent is a sum, null is no norm at all, a number is the norm's exponent; the router's noise is read."""
+    def router(**more: Any) -> SoftmaxTopK:
+        parts = {"attn_config": {"kv_n_heads": 2}, "ffn_config": {"moe_num_experts": 4, "moe_top_k": 2, **more}}
+        config = {"d_model": 48, "n_layers": 2, "n_heads": 6, "max_seq_len": 160, "vocab_size": 61}
+        return spec_from_hf({"model_type": "dbrx", **config, **parts}).layers[0].feed_forward.router
+
+    assert router() == SoftmaxTopK(top_k=2, normalize=True)
+    assert router(moe_normalize_expert_weights=None) == SoftmaxTopK(top_k=2)
+    assert router(moe_normalize_expert_weights=2.0) == SoftmaxTopK(top_k=2, normalize=True, p_norm=2.0)
+    assert router(moe_jitter_eps=0.01) == SoftmaxTopK(top_k=2, normalize=True, jitter=0.01)
+
+
+@pytest.mark.parametrize("name", ["indexed_attention", "deepseek_sparse_attention"])
+def test_layers_with_an_indexer_have_an_older_name(name: str):
+    """transformers 5.23's and 5.17's; any other kind, or another number of layers, is refused."""
+    from transformers import CONFIG_MAPPING
+
+    case = CASES["deepseek-v32"]
+    config = CONFIG_MAPPING[case.family](**case.fields).to_dict()
+    assert spec_from_hf(config | {"layer_types": 3 * [name]}) == spec_from_hf(config)
+    for kinds in (2 * [name], [name, name, "full_attention"]):
+        with pytest.raises(UsageError, match="layer_types"):
+            spec_from_hf(config | {"layer_types": kinds})
 
 
 def test_gemma_layer_types():
@@ -178,6 +216,7 @@ REFUSED = [
     ({"rope_parameters": {**LLAMA3, "low_freq_factor": 9.0}}, "low_factor must be below high_factor"),
     ({"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "router_jitter_noise": 0.1}, "jitter"),
     ({"model_type": "mixtral", "num_local_experts": 2, "num_experts_per_tok": 3}, "top_k 3 exceeds experts 2"),
+    ({"model_type": "olmoe", "num_experts": 4, "num_experts_per_tok": 2, "clip_qkv": 8.0}, "clip_qkv (got 8.0"),
     ({"model_type": "gemma3_text", "sliding_window": 8, "attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
     ({"model_type": "gemma3_text", "sliding_window": 8, "use_bidirectional_attention": True}, "bidirectional"),
     ({"model_type": "gemma3_text", "sliding_window": 8, "layer_types": ["chunked_attention"] * 3}, "layer_types"),

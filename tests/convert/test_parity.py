@@ -47,12 +47,12 @@ def share_frequencies(pair: Pair) -> None:
     the logits, and would hide other differences of this size.
     """
     for rotary, prefix in rotaries(pair):
-        getattr(pair.theirs.model.rotary_emb, f"{prefix}inv_freq").copy_(torch.tensor(rotary.frequencies))
+        getattr(pair.theirs.base_model.rotary_emb, f"{prefix}inv_freq").copy_(torch.tensor(rotary.frequencies))
 
 
 def test_rotary_frequencies(pair: Pair, tmp_path):
     untouched = make_pair(pair.case, tmp_path)
-    theirs = untouched.theirs.model.rotary_emb
+    theirs = untouched.theirs.base_model.rotary_emb
     for rotary, prefix in rotaries(untouched):
         frequencies = torch.tensor(rotary.frequencies, dtype=torch.float64)
         torch.testing.assert_close(getattr(theirs, f"{prefix}inv_freq").double(), frequencies, rtol=3e-7, atol=0)
@@ -121,11 +121,22 @@ MISTAKES = [
     ("gemma3", "softcap=30.0"),
     ("gemma3", "layers[*].feed_forward.activation=geglu"),
     ("mixtral", "layers[*].feed_forward.router.normalize=false"),
+    ("olmoe", "layers[*].feed_forward.router.normalize=true"),
+    ("olmoe", "layers[*].feed_forward.router.top_k=2"),
+    ("qwen3-moe", "layers[0].feed_forward.router.normalize=false"),
+    ("qwen3-moe-windows", "layers[*].attention.window=10"),
+    ("dbrx", "layers[*].kv.clip=1.0"),
+    ("dbrx", "layers[*].residual.norm.eps=0.01"),
     ("deepseek-v2", "layers[*].kv.position.scaling.mscale_all_dim=0.8"),
     ("deepseek-v2", "layers[1].feed_forward.router.normalize=true"),
+    ("deepseek-v2-groups", "layers[1].feed_forward.router.groups.kept=3"),
+    ("deepseek-v2-groups", "layers[1].feed_forward.router.scale=3.9"),
     ("deepseek-v2-lite", "layers[*].kv.position.layout=half"),
     ("deepseek-v3", "layers[*].kv.position.scaling.mscale_all_dim=null"),
     ("deepseek-v3", "layers[*].kv.norm.eps=0.001"),
+    ("deepseek-v3", "layers[1].feed_forward.router.groups.score=max"),
+    ("deepseek-v3", "layers[1].feed_forward.router.groups.kept=3"),
+    ("deepseek-v3-one-group", "layers[1].feed_forward.router.normalize=true"),
     ("deepseek-v3-half", "layers[*].kv.position.layout=interleaved"),
     ("deepseek-v32", "layers[*].attention.top_k=6"),
     ("deepseek-v32", "layers[*].attention.rope_dim=6"),

@@ -132,7 +132,8 @@ def ours_like(theirs):
             else:
                 mine[name] = parameter
         for link in maps.links("gpt_oss_attention", {name: parameter.shape for name, parameter in mine.items()}):
-            mine[link.ours].copy_(link.join(disk))
+            for name, tensor in link.join(disk).items():
+                mine[name].copy_(tensor)
     for block in model.blocks:
         theirs.model.rotary_emb.inv_freq.copy_(torch.tensor(block.attention.kv.position.frequencies))
     return model, mine
