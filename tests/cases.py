@@ -8,7 +8,7 @@ from functools import cache
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sextant.axes.attention import TABLE as ATTENTION
 from sextant.axes.attention import Full, Mixer
@@ -16,7 +16,8 @@ from sextant.axes.capacity import Dense, Experts, FeedForward
 from sextant.axes.kv import GQA, KV, POSITIONS
 from sextant.axes.kv import TABLE as KVS
 from sextant.axes.numerics import Numerics
-from sextant.axes.routing import SoftmaxTopK
+from sextant.axes.routing import OVERFLOW, Dropless, Router, SelectionBias, SoftmaxTopK
+from sextant.axes.routing import TABLE as ROUTING
 from sextant.axes.stability import NormalInit, PreNorm
 from sextant.core.errors import UsageError
 from sextant.core.spec import Spec
@@ -99,6 +100,26 @@ def built(
     """A model in fp64, kept for the tests that ask for the same one; they must not change it."""
     layer = Layer.parse({"attention": attention, "kv": kv, "feed_forward": feed_forward, "residual": residual})
     return model_spec(*[layer] * layers).build(seed=3).double().eval()
+
+
+def mixture(router: Router = SoftmaxTopK(top_k=2), overflow: Spec = Dropless()) -> Experts:  # noqa: B008 - frozen
+    """Eight experts, which every router of the table can choose among."""
+    return Experts.parse({"experts": 8, "hidden": 5, "router": router, "overflow": overflow, "shared": 3})
+
+
+def mixtures() -> list[Experts]:
+    """Every router beside the dropless rule, and every rule beside the plain router."""
+    routers = [mixture(router) for router in examples(ROUTING)]  # type: ignore[arg-type]
+    return list(dict.fromkeys([*routers, *(mixture(overflow=overflow) for overflow in examples(OVERFLOW))]))
+
+
+def stirred(model: nn.Module, seed: int = 5) -> nn.Module:
+    """The model with selection biases as training leaves them: some experts pushed, some held back."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, SelectionBias):
+            module.value_E.copy_(torch.randn(len(module.value_E), generator=generator) / 5)
+    return model
 
 
 def random_tokens(count: int, seed: int = 0, vocab: int = VOCAB) -> Tensor:

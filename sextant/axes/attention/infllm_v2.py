@@ -135,7 +135,7 @@ class InfLLMV2Attention(SelectingAttention):
         outputs, chosen = [heads.v_TGV.new_empty(0, heads.q_THK.shape[1], heads.v_TGV.shape[2])], []
         for own in sequences(heads, stream, keys, chosen_THJ):
             means_SGK = self._pooled(own, pooled)
-            dense = min(max(0, self.spec.dense_len - own.first), len(own.q_THK))
+            dense = self._dense(own)
             if dense:
                 until = own.first + dense
                 near = attend_last(own.q_THK[:dense], own.k_SGK[:until], own.v_SGV[:until], None, scores)
@@ -143,9 +143,7 @@ class InfLLMV2Attention(SelectingAttention):
                 chosen.append(self._everything(own, dense))
             if dense < len(own.q_THK):
                 rest = own.after(dense)
-                blocks_TGJ = choose_compressed(
-                    rest.q_THK, means_SGK, rest.first, self.spec.grid, scores, self._choose
-                )
+                blocks_TGJ = choose_compressed(rest.q_THK, means_SGK, rest.first, self.spec.grid, scores, self._choose)
                 blocks_TGJ = rest.recorded(blocks_TGJ, self.spec.block)
                 far = attend_selected(rest.q_THK, own.k_SGK, own.v_SGV, blocks_TGJ, self.spec.block, scores)
                 outputs.append(far[0])
@@ -167,6 +165,14 @@ class InfLLMV2Attention(SelectingAttention):
         spec = self.spec
         scores_TGM = spec.grid.touching(weights_TGS, first + len(weights_TGS)).amax(-1)
         return choose(scores_TGM, first, spec.block, spec.blocks, spec.local - 1, spec.initial)
+
+    def _dense(self, own: Sequence) -> int:
+        """First queries that read everything: those of a short sequence, unless a record says otherwise."""
+        dense = min(max(0, self.spec.dense_len - own.first), len(own.q_THK))
+        if own.chosen_THJ is None or not dense:
+            return dense
+        recorded_TGJ, all_TGJ = even([own.chosen_THJ[:dense], self._everything(own, dense)]).chunk(2)
+        return dense if torch.equal(recorded_TGJ, all_TGJ) else 0
 
     def _everything(self, own: Sequence, count: int) -> Tensor:
         """Block numbers from 0 to the current one, of the first ``count`` queries."""
