@@ -1,13 +1,15 @@
-"""Ours against transformers in fp32: logits, every gradient, packing, decoding, and Mixtral's balance loss."""
+"""Ours against transformers in fp32: logits, every gradient, packing, decoding, and balance losses."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from importlib import import_module
 
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle_hf import CASES, Case, Pair, gap, gradients_on_disk, make_pair, tokens
+from oracle_hf import CASES, Pair, gap, gradients_on_disk, make_pair, tokens
 from torch import Tensor
 
 from sextant.axes.kv.position import Rotary
@@ -154,29 +156,44 @@ def test_a_wrong_declaration_is_seen(name: str, mistake: str, tmp_path):
     assert gap(wrong.batch_logits(tokens_BT), pair.theirs(tokens_BT).logits) > 10 * CLOSE
 
 
-def test_balance_loss_of_each_layer(mixtral: Pair):
-    """Theirs is ``top_k`` times ours: their shares of copies sum to ``top_k``, ours to 1. Gradients likewise."""
-    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+POOLED = {"mixtral": "mixtral", "olmoe": "olmoe", "qwen3-moe": "qwen3_moe", "dbrx": "dbrx"}
+"""Cases whose classes have a balance loss, and where transformers keeps it."""
 
+
+def their_balance(name: str) -> Callable[..., Tensor]:
+    return import_module(f"transformers.models.{POOLED[name]}.modeling_{POOLED[name]}").load_balancing_loss_func
+
+
+@pytest.mark.parametrize("name", POOLED)
+def test_balance_loss_of_each_layer(name: str, tmp_path):
+    """Theirs is ``top_k`` times ours: their shares of copies sum to ``top_k``, ours to 1. Gradients likewise."""
+    pair = make_pair(CASES[name], tmp_path)
     tokens_T, stream = tokens(2 * 31), Stream.of_lengths([31, 31])
-    top_k, experts = mixtral.config["num_experts_per_tok"], mixtral.config["num_local_experts"]
-    routings = mixtral.ours(tokens_T, stream).routings
-    assert len(routings) == len(mixtral.ours.blocks)
-    for routing in routings.values():
+    routings = pair.ours(tokens_T, stream).routings
+    assert len(routings) == sum(layer.feed_forward.kind == "experts" for layer in pair.ours.spec.layers)
+    for layer, routing in routings.items():
+        spec = pair.ours.spec.layers[layer].feed_forward
         ours = Auxiliary(coef=1.0).loss(routing, stream, routing.counts_E(), tokens_T.numel())
         logits_TE = routing.logits_TE.detach().requires_grad_()
-        theirs = load_balancing_loss_func((logits_TE,), experts, top_k)
-        assert ours.item() * top_k == pytest.approx(theirs.item(), rel=1e-6)
+        theirs = their_balance(name)((logits_TE,), spec.experts, spec.router.top_k)
+        assert ours.item() * spec.router.top_k == pytest.approx(theirs.item(), rel=1e-6)
         assert not 0.99 < ours.item() < 1.01  # not balanced, so the formula matters
         (grad,) = torch.autograd.grad(ours, routing.logits_TE, retain_graph=True)
         (expected,) = torch.autograd.grad(theirs, logits_TE)
-        assert gap(grad * top_k, expected) < CLOSE
+        assert gap(grad * spec.router.top_k, expected) < CLOSE
 
 
-def test_training_loss_with_balance(tmp_path):
+ONE_LAYER = {
+    "mixtral": {"num_hidden_layers": 1}, "olmoe": {"num_hidden_layers": 1, "router_aux_loss_coef": 0.03},
+    "qwen3-moe": {"num_hidden_layers": 1, "router_aux_loss_coef": 0.03}, "dbrx": {"n_layers": 1},
+}
+
+
+@pytest.mark.parametrize("name", ONE_LAYER)
+def test_training_loss_with_balance(name: str, tmp_path):
     """With one layer nothing is pooled: the imported coefficient gives their whole training loss and its gradients."""
-    case = CASES["mixtral"]
-    pair = make_pair(Case(case.family, {**case.config, "num_hidden_layers": 1}), tmp_path / "model")
+    case = replace(CASES[name], config=CASES[name].config | ONE_LAYER[name])
+    pair = make_pair(case, tmp_path / "model")
     tokens_BT = tokens(2, 31)
     theirs = pair.theirs(tokens_BT, labels=tokens_BT, output_router_logits=True)
     stream = Stream.of_lengths([31, 31])
