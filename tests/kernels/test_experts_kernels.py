@@ -11,7 +11,8 @@ from sextant.kernels.grouped import (
     grouped_swiglu,
     grouped_swiglu_reference,
 )
-from sextant.kernels.permute import combine, dispatch, plan
+from sextant.kernels.permute import Plan, combine, dispatch, plan
+from sextant.kernels.permute.rounds import in_rounds
 
 COUNTS = {
     "even": [3, 3, 3],
@@ -160,3 +161,149 @@ def test_rows_by_themselves_equal_rows_by_expert(copies: int) -> None:
     x_ND, weight_EDF = torch.randn(len(experts), 6, dtype=torch.float64), torch.randn(4, 6, 5, dtype=torch.float64)
     rows = torch.stack([x_ND[n] @ weight_EDF[expert] for n, expert in enumerate(experts)])
     torch.testing.assert_close(row_linear(x_ND, weight_EDF, experts), rows)
+
+
+KEPT = {
+    "some": lambda shape: torch.rand(shape) < 0.6,
+    "all": lambda shape: torch.ones(shape, dtype=torch.bool),
+    "none": lambda shape: torch.zeros(shape, dtype=torch.bool),
+    "one": lambda shape: torch.arange(shape[0] * shape[1]).view(shape) == shape[0] * shape[1] - 1,
+}
+TILED = [{}, {"tile": 4}, {"least": 3}, {"tile": 2, "least": 5}]
+SHAPES = [(11, 2, 5), (1, 3, 3), (6, 1, 9), (0, 2, 3)]
+
+
+def by_hand(x_TD: Tensor, gates_TA: Tensor, kept_TA: Tensor, scale_N1: Tensor, where: Plan) -> Tensor:
+    """Every kept copy scaled by its row and weighted by its gate, one after another."""
+    sums = []
+    for token, x in enumerate(x_TD):
+        copies = zip(where.row_N.view_as(gates_TA)[token], gates_TA[token], kept_TA[token], strict=True)
+        copies = [(x * scale_N1[row], gate) for row, gate, kept in copies if kept]
+        sums.append(sum((y * gate for y, gate in copies), torch.zeros_like(x)))
+    return torch.stack(sums) if sums else x_TD * 1
+
+
+@pytest.mark.parametrize("compiling", [False, True])
+@pytest.mark.parametrize("how", TILED, ids=str)
+@pytest.mark.parametrize("kept", KEPT)
+@pytest.mark.parametrize(("tokens", "chosen", "experts"), SHAPES)
+def test_dropped_copies_have_no_row_and_no_gradient(tokens, chosen, experts, kept, how, compiling, monkeypatch):
+    """Values and gradients of both paths against a loop over copies; what compilers see is plain operations."""
+    experts_TA, kept_TA = choices(tokens, chosen, experts), KEPT[kept]((tokens, chosen))
+    where = plan(experts_TA, experts, kept_TA=kept_TA, **how)
+    assert len(where.source_N) - where.padding == kept_TA.sum()
+    x = torch.randn(tokens, 3, dtype=torch.float64, requires_grad=True)
+    gates = torch.rand(tokens, chosen, dtype=torch.float64, requires_grad=True)
+    scale_N1, weight = torch.rand(len(where.source_N), 1, dtype=torch.float64), torch.randn(tokens, 3).double()
+    want = by_hand(x, gates, kept_TA, scale_N1, where)
+    monkeypatch.setattr("torch.compiler.is_compiling", lambda: compiling)
+    got = combine(dispatch(x, where, chosen) * scale_N1, gates, where)
+    close(got, want, 1e-13)
+    got_grads = torch.autograd.grad(got, (x, gates), weight)
+    want_grads = torch.autograd.grad((want * weight).sum() + 0 * (gates.sum() + x.sum()), (x, gates))
+    for g, w in zip(got_grads, want_grads, strict=True):
+        close(g, w, 1e-13)
+    assert (got_grads[1][~kept_TA] == 0).all()
+    with torch.no_grad():
+        close(combine(dispatch(x, where, chosen) * scale_N1, gates, where), want, 1e-13)
+
+
+@pytest.mark.parametrize("compiling", [False, True])
+def test_what_is_dropped_cannot_spoil_a_sum(compiling, monkeypatch):
+    """A row that is not finite reaches its own token and no token that dropped a copy."""
+    experts_TA, kept_TA = choices(9, 2, 4), torch.rand(9, 2) < 0.5
+    kept_TA[0] = torch.tensor([True, False])
+    where = plan(experts_TA, 4, kept_TA=kept_TA)
+    owner = int(where.source_N[0]) // 2
+    y = torch.randn(len(where.source_N), 3)
+    y[0] = torch.nan
+    y.requires_grad_()
+    gates = torch.rand(9, 2, requires_grad=True)
+    monkeypatch.setattr("torch.compiler.is_compiling", lambda: compiling)
+    out = combine(y, gates, where)
+    assert out.isfinite().all(1).tolist() == [token != owner for token in range(9)]
+    _, dgates = torch.autograd.grad(out, (y, gates), torch.ones(9, 3))
+    assert dgates.isfinite().all(1).tolist() == [token != owner for token in range(9)]
+
+
+@pytest.mark.parametrize("how", TILED, ids=str)
+def test_kept_rows_lie_by_expert_and_by_token(how):
+    experts_TA, kept_TA = choices(13, 3, 6), torch.rand(13, 3) < 0.5
+    where = plan(experts_TA, 6, kept_TA=kept_TA, **how)
+    rows_ND = dispatch(torch.arange(13, dtype=torch.float64)[:, None] + 1, where, 3)
+    tile, least = how.get("tile", 1), how.get("least", 0)
+    for expert, rows in enumerate(rows_ND.split(where.counts_E.tolist())):
+        sent = ((experts_TA == expert) & kept_TA).any(1).nonzero()[:, 0] + 1
+        assert rows[rows > 0].tolist() == sent.tolist()
+        assert len(rows) == -(-max(len(sent), least) // tile) * tile
+
+
+def test_compilers_follow_with_drops():
+    """Through torch.compile itself: the same values and gradients as without."""
+    experts_TA, kept_TA = choices(7, 2, 4), torch.rand(7, 2) < 0.6
+    x, gates = torch.randn(7, 3, requires_grad=True), torch.rand(7, 2, requires_grad=True)
+
+    def there_and_back(x, gates):
+        where = plan(experts_TA, 4, kept_TA=kept_TA)
+        return combine(dispatch(x, where, 2).sin(), gates, where)
+
+    want = there_and_back(x, gates)
+    got = torch.compile(there_and_back, backend="aot_eager")(x, gates)
+    close(got, want, 1e-6)
+    weight = torch.randn(7, 3)
+    for g, w in zip(*(torch.autograd.grad(out, (x, gates), weight) for out in (got, want)), strict=True):
+        close(g, w, 1e-6)
+
+
+def mixture(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    """Matrices of five experts of width 3 on rows of 4."""
+    up = torch.randn(5, 4, 6).to(dtype).requires_grad_()
+    return up, torch.randn(5, 3, 4).to(dtype).requires_grad_()
+
+
+def one(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    gate, value = (x @ up).chunk(2, dim=-1)
+    return (torch.nn.functional.silu(gate) * value) @ down
+
+
+@pytest.mark.parametrize("cap", [4, 8, 400])
+@pytest.mark.parametrize("kept", [None, *KEPT])
+@pytest.mark.parametrize("tokens", [0, 1, 11])
+def test_rounds_equal_sorted_rows(tokens, kept, cap):
+    """Values and the gradients by tokens, gates and both stacks."""
+    experts_TA, (up, down) = choices(tokens, 2, 5), mixture()
+    kept_TA = None if kept is None else KEPT[kept]((tokens, 2))
+    x = torch.randn(tokens, 4, dtype=torch.float64, requires_grad=True)
+    gates, weight = torch.rand(tokens, 2, dtype=torch.float64, requires_grad=True), torch.randn(tokens, 4).double()
+    where = plan(experts_TA, 5, 4, kept_TA)
+    got = in_rounds(one, x, gates, (up, down), where, 4, cap)
+    plain = plan(experts_TA, 5, kept_TA=kept_TA)
+    rows = grouped_swiglu_reference(dispatch(x, plain, 2), up, down, plain.counts_E)
+    want = combine(rows, gates, plain)
+    close(got, want, 1e-12)
+    inputs = (x, gates, up, down)
+    for g, w in zip(*(torch.autograd.grad(out, inputs, weight) for out in (got, want)), strict=True):
+        close(g, w, 1e-12)
+
+
+def test_rounds_gradient_equals_finite_differences():
+    experts_TA, stacks = choices(5, 2, 5), mixture()
+    where = plan(experts_TA, 5, 2)
+    x, gates = torch.randn(5, 4).double().requires_grad_(), torch.rand(5, 2).double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x, g, *w: in_rounds(one, x, g, w, where, 2, 6), (x, gates, *stacks))
+
+
+def test_no_product_of_a_round_has_other_rows_than_a_tile():
+    """And no more rows than the cap are gathered at once, forward and backward, with all copies at one expert."""
+    seen: list[int] = []
+    experts_TA, stacks = torch.zeros(21, 1, dtype=torch.int64), mixture()
+
+    def watched(x, up, down):
+        seen.append(len(x))
+        return one(x, up, down)
+
+    x, gates = torch.randn(21, 4).double().requires_grad_(), torch.rand(21, 1).double()
+    out = in_rounds(watched, x, gates, stacks, plan(experts_TA, 5, 4), 4, 8)
+    assert seen == [4] * 6
+    out.sum().backward()
+    assert seen == [4] * 12

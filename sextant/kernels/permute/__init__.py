@@ -51,7 +51,7 @@ def plan(experts_TA: Tensor, experts: int, tile: int = 1, kept_TA: Tensor | None
         experts: how many there are.
         tile: every expert's share is filled up to a multiple of it.
         kept_TA: bool, copies that get a row; None for all.
-        least: rows that every expert's share has at least.
+        least: rows that every expert's share has at least, if there is a token at all.
     """
     flat_N = experts_TA.flatten()
     order_N = torch.argsort(flat_N, stable=True)
@@ -61,7 +61,7 @@ def plan(experts_TA: Tensor, experts: int, tile: int = 1, kept_TA: Tensor | None
     sorted_N = flat_N[order_N]
     counts_E, row_N = counted(sorted_N, experts), torch.zeros_like(flat_N)
     rank_N = torch.arange(order_N.numel(), device=order_N.device)
-    if tile == 1 and not least:
+    if not flat_N.numel() or (tile == 1 and not least):
         row_N[order_N] = rank_N
         return Plan(order_N, row_N, counts_E, None, kept_N)
     filled_E = (counts_E.clamp_min(least) + tile - 1).div(tile, rounding_mode="floor") * tile
