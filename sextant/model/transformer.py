@@ -48,6 +48,11 @@ class Output:
         """With those of the prediction modules, which have fewer rows."""
         return self.routings | {i: routing for one in self.ahead for i, routing in one.out.routings.items()}
 
+    @property
+    def all_selections(self) -> dict[int, Selection]:
+        """With those of the prediction modules."""
+        return self.selections | {i: one for ahead in self.ahead for i, one in ahead.out.selections.items()}
+
     def trace(self) -> Trace:
         """The choices of this forward, to be kept or replayed; those of prediction modules are theirs."""
         return Trace.of(self)
@@ -85,6 +90,7 @@ class Transformer(nn.Module):
             for layer in spec.mtp_layers if spec.mtp is not None
         )
         self.rotaries = {module.code: module for module in self.modules() if isinstance(module, Rotary)}
+        numerics.attach(self)
 
     @property
     def head_PD(self) -> Tensor:

@@ -22,7 +22,7 @@ class Board:
         """One step's scalars; load by MoE layer."""
         if self.writer is None:
             return
-        for name in ("loss", "bpb", "balance", "indexer", "gnorm", "lr", "tokens_per_second"):
+        for name in ("loss", "bpb", "balance", "indexer", "mtp", "gnorm", "lr", "tokens_per_second"):
             self.writer.add_scalar(f"train/{name}", getattr(report, name), report.step)
         for layer, load in report.load.items():
             for name, value in vars(load).items():

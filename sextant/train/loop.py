@@ -68,7 +68,7 @@ class Trainer:
         self.loader = Loader(self.train_shards, run.data)
         self.balance = Balance(run.model)
         self.spikes = SpikeWatch(run.spikes)
-        self.clock = Clock(run.model.cost(At(run.data.seq_len)).flops, self.device)
+        self.clock = Clock(run.model.training_cost(At(run.data.seq_len)).flops, self.device)
         self.step, self.tokens, self.seconds, self.saved = 0, 0, 0.0, None
         self._prepare_folder()
         self._resume()
@@ -100,7 +100,7 @@ class Trainer:
 
     def parameters(self) -> str:
         """``1.91 M parameters, 1.14 M active``."""
-        cost = self.run.model.cost(At(self.run.data.seq_len))
+        cost = self.run.model.training_cost(At(self.run.data.seq_len))
         return f"{units.count(cost.params)} parameters, {units.count(cost.active_params)} active"
 
     def _advance(self) -> None:
@@ -125,7 +125,7 @@ class Trainer:
         """Let the layers read as this stage of the run says; weights and optimiser stay as they are."""
         model = self.run.model_in(stage)
         switch(self.model, model)
-        self.stage, self.clock.flops_per_token = stage, model.cost(At(self.run.data.seq_len)).flops
+        self.stage, self.clock.flops_per_token = stage, model.training_cost(At(self.run.data.seq_len)).flops
 
     def _enter_stage(self, stage: int) -> None:
         self._attend(stage)
@@ -149,7 +149,8 @@ class Trainer:
         for index, batch in enumerate(batches):
             self._seed(index)
             loss = micro_loss(
-                self.model, batch.tokens_T, batch.targets_T, batch.stream, self.balance, predicted, tokens
+                self.model, batch.tokens_T, batch.targets_T, batch.stream, self.balance, predicted, tokens,
+                self.run.mtp_weight_at(self.step),
             )
             if not torch.isfinite(loss.total):
                 self._stop_non_finite("loss", batch, first_non_finite(self.model, batch.tokens_T, batch.stream))
@@ -163,7 +164,7 @@ class Trainer:
     def _routings(self, index: int, batch: Batch) -> dict[int, Routing]:
         """What the micro-batch will choose. Gradients stay on: the same kernels give the same choice."""
         self._seed(index)
-        return self.model(batch.tokens_T, batch.stream, ahead=bool(self.model.mtp)).all_routings
+        return self.model(batch.tokens_T, batch.stream, ahead=self.run.mtp_weight_at(self.step) > 0).all_routings
 
     def _gradient_norm(self, batches: list[Batch]) -> float:
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
@@ -209,9 +210,9 @@ class Trainer:
         rate, nats = tokens / seconds, parts["nats"]
         report = StepReport(
             step=self.step, steps=self.run.steps, loss=nats / predicted, bpb=nats / math.log(2) / max(1, size),
-            balance=parts["balance"], indexer=parts["indexer"], gnorm=norm, lr=self.optimiser.lr,
-            rows=sum(len(batch.samples) for batch in batches), tokens=self.tokens, seconds=self.seconds,
-            tokens_per_second=rate, mfu=self.clock.mfu(rate), memory=memory_in_use(self.device),
+            balance=parts["balance"], indexer=parts["indexer"], mtp=parts["mtp"] / predicted, gnorm=norm,
+            lr=self.optimiser.lr, rows=sum(len(batch.samples) for batch in batches), tokens=self.tokens,
+            seconds=self.seconds, tokens_per_second=rate, mfu=self.clock.mfu(rate), memory=memory_in_use(self.device),
             eta=self.clock.eta(self.run.steps - self.step), skipped=self.spikes.skipped, load=self.balance.loads(),
         )
         self.folder.record(report.metrics())
@@ -315,9 +316,9 @@ class Trainer:
 
 def compile_blocks(model: Transformer) -> None:
     """Compile block by block; equal layers share code, which needs an entry for every kind of layer and shape."""
-    kinds = len(set(model.spec.layers))
+    kinds = len(set(model.spec.all_layers))
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 * kinds)
-    for block in model.blocks:
+    for block in model.all_blocks:
         block.compile()
 
 

@@ -15,13 +15,15 @@ from torch import Tensor
 from sextant.axes.attention import Selection
 from sextant.core.stream import Stream
 from sextant.kernels.loss import summed_loss
-from sextant.model.transformer import Transformer
+from sextant.model.transformer import Output, Transformer
 from sextant.train.balance import Balance
 
 
 @dataclass(frozen=True)
 class MicroLoss:
     """Of one micro-batch: ``total`` to go backward from; ``nats`` (summed token losses) and the rest for the log.
+
+    ``mtp`` is summed as ``nats`` is: token losses of the prediction modules, their mean over the modules, no lambda.
 
     The parts of a step's micro-batches add up.
     """
@@ -30,6 +32,7 @@ class MicroLoss:
     nats: Tensor
     balance: Tensor
     indexer: Tensor
+    mtp: Tensor
 
     def parts(self) -> dict[str, float]:
         """All but the total, by name."""
@@ -44,18 +47,37 @@ def micro_loss(
     balance: Balance,
     predicted: int,
     tokens: int,
+    mtp_weight: float = 0.0,
 ) -> MicroLoss:
     """Forward of one micro-batch.
 
     Args:
         predicted: targets of the whole step that are not ignored.
         tokens: tokens of the whole step.
+        mtp_weight: lambda of the prediction modules; they do not run at 0.
     """
-    out = model(tokens_T, stream)
+    out = model(tokens_T, stream, ahead=mtp_weight > 0)
     nats = summed_loss(out.hidden_TD, model.head_PD, targets_T, softcap=model.spec.softcap)
     extra = balance.loss(out.routings, stream, tokens)
-    learnt = indexer_loss(out.selections, tokens).to(nats.device)
-    return MicroLoss(nats / predicted + extra + learnt, nats.detach(), extra.detach(), learnt.detach())
+    for one in out.ahead:
+        extra = extra + balance.loss(one.out.routings, one.stream, tokens)
+    learnt = indexer_loss(out.all_selections, tokens).to(nats.device)
+    further = ahead_nats(model, out, targets_T)
+    total = (nats + mtp_weight * further) / predicted + extra + learnt
+    return MicroLoss(total, nats.detach(), extra.detach(), learnt.detach(), further.detach())
+
+
+def ahead_nats(model: Transformer, out: Output, targets_T: Tensor) -> Tensor:
+    """Token losses of the prediction modules, summed over tokens and averaged over modules (spec deepseek-v3, 3.1).
+
+    The divisor of the step is that of the main loss, as in the paper, though module ``k`` has ``k`` targets fewer in
+    each sequence.
+    """
+    total = out.hidden_TD.new_zeros((), dtype=torch.promote_types(out.hidden_TD.dtype, torch.float32))
+    for one in out.ahead:
+        targets = targets_T[one.read_T]
+        total = total + summed_loss(one.out.hidden_TD, model.head_PD, targets, softcap=model.spec.softcap)
+    return total / max(1, len(model.mtp))
 
 
 def indexer_loss(selections: dict[int, Selection], tokens: int) -> Tensor:

@@ -109,6 +109,10 @@ class Run(Spec):
         """Stages that are over before optimiser step ``step``."""
         return sum(step >= round(stage.until * self.steps) for stage in self.stages)
 
+    def mtp_weight_at(self, step: int) -> float:
+        """Lambda of the prediction modules at optimiser step ``step``; 0 without any."""
+        return 0.0 if self.model.mtp is None else self.model.mtp.weight.at(step, self.steps)
+
     def model_in(self, stage: int) -> ModelSpec:
         """The model as this stage trains it; after the last stage, the model itself.
 

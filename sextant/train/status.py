@@ -18,7 +18,8 @@ class StepReport:
     """Numbers of one optimiser step, as ``metrics.jsonl`` keeps them.
 
     ``loss`` is nats per predicted token; ``bpb`` bits per byte of the same; ``load`` is by MoE layer; ``indexer`` is
-    what separate indexers add to the loss.
+    what separate indexers add to the loss; ``mtp`` nats of the prediction modules' targets per predicted token, their
+    mean over the modules and without lambda.
     """
 
     step: int
@@ -38,6 +39,7 @@ class StepReport:
     skipped: int
     load: dict[int, Load] = field(default_factory=dict)
     indexer: float = 0.0
+    mtp: float = 0.0
 
     def line(self) -> str:
         """``step 120/600 20% | loss 3.214 | bpb 1.93 | 41.2k tok/s | ...``."""
@@ -58,6 +60,8 @@ class StepReport:
             parts.append(f"dropped {100 * dropped / len(self.load):.2g}%")
         if self.indexer:
             parts.append(f"indexer {self.indexer:.3f}")
+        if self.mtp:
+            parts.append(f"mtp {self.mtp:.3f}")
         if self.skipped:
             parts.append(f"skipped {self.skipped}")
         return " | ".join([*parts, f"eta {units.duration(self.eta)}"])

@@ -77,7 +77,7 @@ def first_non_finite(model: nn.Module, tokens_T: Tensor, stream: Stream) -> str:
         if name
     ]
     try:
-        model(tokens_T, stream)
+        model(tokens_T, stream, ahead=True)
     finally:
         for hook in hooks:
             hook.remove()
