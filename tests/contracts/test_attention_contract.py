@@ -213,8 +213,10 @@ def test_gradients_equal_those_of_packed_pieces(attention, kv):
         close(gradient, sum(piece[name] for piece in pieces), 1e-9)
         assert gradient.isfinite().all(), name
     single = gradients(model.float(), tokens_T, lengths)
+    peaks = {name: gradient.abs().max().item() for name, gradient in whole.items()}
+    noise = 1e-6 * max(peaks.values())  # of a gradient that is exactly 0, as that of a query that reads one key
     for name, gradient in whole.items():
-        torch.testing.assert_close(single[name].double(), gradient, rtol=1e-3, atol=1e-4 * gradient.abs().max().item())
+        torch.testing.assert_close(single[name].double(), gradient, rtol=1e-3, atol=max(1e-4 * peaks[name], noise))
 
 
 @pytest.mark.parametrize(("attention", "kv"), ALL)

@@ -133,7 +133,7 @@ def about(**fields: object) -> Tensor:
         (lambda t: t["layers.4.experts"].fill_(8), "layer 4: an expert outside 0 to 7"),
         (lambda t: t["layers.0.blocks"].fill_(-2), "layer 0: a block below -1"),
         (lambda t: t.update({"layers.4.kept": torch.ones(T, 2, dtype=torch.bool)}), "layer 4: kept does not fit"),
-        (lambda t: t.update({"layers.1.experts": torch.zeros(10, 2, dtype=torch.int8)}), r"layer 1: experts of \[10, 2"),
+        (lambda t: t.update({"layers.1.experts": torch.zeros(10, 2, dtype=torch.int8)}), r"layer 1: experts of \[10"),
         (lambda t: t.update({"about": about(tokens="many")}), "damaged record of choices"),
         (lambda t: t.update({"about": about(experts=3)}), "damaged record of choices"),
         (lambda t: t.update({"about": torch.tensor([1, 2], dtype=torch.uint8)}), "JSON"),
