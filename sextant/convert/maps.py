@@ -184,6 +184,12 @@ EXPERTS = (  # w1 is the gate, w3 the value, w2 the way back
     Row("blocks.{i}.feed_forward.experts.up_EDF", (f"{_EXPERT}.w1.weight", f"{_EXPERT}.w3.weight"), STACK),
     Row("blocks.{i}.feed_forward.experts.down_EFD", f"{_EXPERT}.w2.weight", STACK),
 )
+_SWITCH = "encoder.block.{i}.layer.1.mlp"
+SWITCH_EXPERTS = (  # the sparse layer alone: an encoder and a decoder around it are not ours
+    Row("blocks.{i}.feed_forward.router.weight", f"{_SWITCH}.router.classifier.weight"),
+    Row("blocks.{i}.feed_forward.experts.up_EDF", f"{_SWITCH}.experts.expert_{{e}}.wi.weight", STACK),
+    Row("blocks.{i}.feed_forward.experts.down_EFD", f"{_SWITCH}.experts.expert_{{e}}.wo.weight", STACK),
+)
 _DBRX = "transformer.blocks.{i}"
 DBRX = (  # queries, keys and values as one; every matrix of the experts as one tall one
     Row("embedding.weight", "transformer.wte.weight"),

@@ -41,6 +41,7 @@ ACTS = {
     "geglu_tanh": lambda g, v: F.gelu(g, approximate="tanh") * v,
     "gelu": lambda g, v: F.gelu(g),
     "gelu_tanh": lambda g, v: F.gelu(g, approximate="tanh"),
+    "relu": lambda g, v: g.clamp_min(0),
     "relu2": lambda g, v: g.clamp_min(0) ** 2,
 }
 

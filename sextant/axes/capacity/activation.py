@@ -7,7 +7,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor
 
-Activation = Literal["swiglu", "geglu", "geglu_tanh", "gelu", "gelu_tanh", "relu2"]
+Activation = Literal["swiglu", "geglu", "geglu_tanh", "gelu", "gelu_tanh", "relu", "relu2"]
 
 
 def is_gated(name: Activation) -> bool:
@@ -19,8 +19,8 @@ def activate(name: Activation, gate: Tensor, value: Tensor | None = None) -> Ten
     """``act(gate) * value`` for gated kinds, ``act(gate)`` otherwise."""
     if name == "swiglu":
         y = F.silu(gate)
-    elif name == "relu2":
-        y = F.relu(gate).square()
+    elif name in ("relu", "relu2"):
+        y = F.relu(gate) if name == "relu" else F.relu(gate).square()
     else:
         y = F.gelu(gate, approximate="tanh" if name.endswith("tanh") else "none")
     return y if value is None else y * value
