@@ -181,7 +181,10 @@ class Rotary(nn.Module):
 
     def forward(self, q_THK: Tensor, k_TGK: Tensor, stream: Stream) -> tuple[Tensor, Tensor]:
         cos, sin = stream.turns.get(self.code) or self.turns(stream.positions_T, q_THK.dtype)
-        return self._turn(q_THK, cos, sin), self._turn(k_TGK, cos, sin)
+        if torch.is_grad_enabled():
+            return self._turn(q_THK, cos, sin), self._turn(k_TGK, cos, sin)
+        both = self._turn(torch.cat((q_THK, k_TGK), dim=1), cos, sin)  # a decoding step pays for calls, not for rows
+        return both[:, : q_THK.shape[1]], both[:, q_THK.shape[1] :]
 
     def turns(self, positions_T: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """What a channel and its partner are multiplied by, ``[T, 1, K]`` in fp32 (fp64 for fp64): the cosine, and the
@@ -195,9 +198,13 @@ class Rotary(nn.Module):
 
     def _turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         turning = x[..., : self.dim] if self.dim < x.shape[-1] else x
-        a, b = (turning[..., 0::2], turning[..., 1::2]) if self.interleaved else turning.chunk(2, dim=-1)
-        turned = (turning * cos + self._join(b, a) * sin).to(x.dtype)
-        return turned if turning is x else torch.cat((turned, x[..., self.dim :]), dim=-1)
+        turning = turning.to(cos.dtype)
+        turned = torch.addcmul(turning * cos, self._partners(turning), sin).to(x.dtype)
+        return turned if self.dim == x.shape[-1] else torch.cat((turned, x[..., self.dim :]), dim=-1)
+
+    def _partners(self, x: Tensor) -> Tensor:
+        """Every channel's partner in its pair."""
+        return self._join(x[..., 1::2], x[..., 0::2]) if self.interleaved else x.roll(self.dim // 2, -1)
 
     def _join(self, a: Tensor, b: Tensor) -> Tensor:
         """First and second channels of the pairs, back in their places."""

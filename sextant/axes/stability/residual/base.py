@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -23,12 +24,18 @@ class Branch(nn.Module):
     ``starts`` is what its own parameters, and the gains of its norms, start at; norms it does not name start at 1.
     """
 
+    dropout = 0.0
+
     def __init__(self, **starts: float):
         super().__init__()
         self.starts = starts
 
     def forward(self, x_TD: Tensor, f: Sublayer) -> tuple[Tensor, Any]:
         raise NotImplementedError
+
+    def dropped(self, y_TD: Tensor) -> Tensor:
+        """What a sublayer adds, after dropout; without any there is no call, which a decoding step would feel."""
+        return F.dropout(y_TD, self.dropout) if self.training and self.dropout else y_TD
 
     @torch.no_grad()
     def start(self) -> None:

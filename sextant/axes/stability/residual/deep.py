@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, Literal, Self
 
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -43,4 +42,4 @@ class DeepBranch(Branch):
     def forward(self, x_TD: Tensor, f: Sublayer) -> tuple[Tensor, Any]:
         u_TD = self.norm(x_TD)
         y_TD, record = f(u_TD)
-        return self.alpha * u_TD + self.beta * F.dropout(y_TD, self.dropout, self.training), record
+        return self.alpha * u_TD + self.beta * self.dropped(y_TD), record

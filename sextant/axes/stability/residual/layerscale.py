@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, Literal, Self
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -40,4 +39,4 @@ class ScaledBranch(Branch):
 
     def forward(self, x_TD: Tensor, f: Sublayer) -> tuple[Tensor, Any]:
         y_TD, record = f(self.norm(x_TD))
-        return x_TD + self.scale_D * F.dropout(y_TD, self.dropout, self.training), record
+        return x_TD + self.scale_D * self.dropped(y_TD), record

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sextant.axes.stability.residual.base import Branch, Placement, Sublayer
@@ -35,7 +34,7 @@ class ReZeroBranch(Branch):
 
     def forward(self, x_TD: Tensor, f: Sublayer) -> tuple[Tensor, Any]:
         y_TD, record = f(x_TD)
-        return x_TD + self.scale * F.dropout(y_TD, self.dropout, self.training), record
+        return x_TD + self.scale * self.dropped(y_TD), record
 
 
 class FollowingBranch(Branch):
@@ -48,4 +47,4 @@ class FollowingBranch(Branch):
 
     def forward(self, x_TD: Tensor, f: Sublayer) -> tuple[Tensor, Any]:
         y_TD, record = f(x_TD)
-        return x_TD + self.leaders[0].scale * F.dropout(y_TD, self.dropout, self.training), record
+        return x_TD + self.leaders[0].scale * self.dropped(y_TD), record

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sextant.axes.stability.residual.base import Branch, Normed, Sublayer
@@ -38,4 +37,4 @@ class SandwichBranch(Branch):
 
     def forward(self, x_TD: Tensor, f: Sublayer) -> tuple[Tensor, Any]:
         y_TD, record = f(self.norm(x_TD))
-        return x_TD + F.dropout(self.norm_out(y_TD), self.dropout, self.training), record
+        return x_TD + self.dropped(self.norm_out(y_TD)), record

@@ -6,7 +6,6 @@ import math
 from typing import Any, Literal, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sextant.axes.stability.residual.base import Branch, Placement, Sublayer
@@ -39,4 +38,4 @@ class SkipBranch(Branch):
 
     def forward(self, x_TD: Tensor, f: Sublayer) -> tuple[Tensor, Any]:
         y_TD, record = f(x_TD)
-        return x_TD + self.scale * F.dropout(y_TD, self.dropout, self.training), record
+        return x_TD + self.scale * self.dropped(y_TD), record
