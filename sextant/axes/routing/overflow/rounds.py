@@ -44,6 +44,6 @@ def fixed_tiles(
         return through(experts, x_TD, routing, tile)
     where = plan(routing.experts_TA, experts.experts, tile, routing.kept_TA)
     total = len(where.source_N)
-    peak = min(total, cap or total)
-    y_TD = in_rounds(experts.one, x_TD, routing.gates_TA, experts.stacks, where, tile, peak)
-    return y_TD, Usage(total, peak, -(-total // max(peak, 1)), where.padding)
+    cap = max(total, 1) if cap is None else cap
+    y_TD = in_rounds(experts.one, x_TD, routing.gates_TA, experts.stacks, where, tile, cap)
+    return y_TD, Usage(total, min(total, cap), -(-total // cap), where.padding)
