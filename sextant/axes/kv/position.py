@@ -198,8 +198,7 @@ class Rotary(nn.Module):
 
     def _turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         turning = x[..., : self.dim] if self.dim < x.shape[-1] else x
-        turning = turning.to(cos.dtype)
-        turned = torch.addcmul(turning * cos, self._partners(turning), sin).to(x.dtype)
+        turned = (turning * cos + self._partners(turning) * sin).to(x.dtype)
         return turned if self.dim == x.shape[-1] else torch.cat((turned, x[..., self.dim :]), dim=-1)
 
     def _partners(self, x: Tensor) -> Tensor:
