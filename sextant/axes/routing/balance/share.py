@@ -62,8 +62,7 @@ class ShareLoss(BalanceLoss):
             share_BE = self.share(sent_BE.index_add_(0, stream.sequence_T, sent_TE)).to(probs_TE.dtype)
             total = (share_BE.index_select(0, stream.sequence_T) * probs_TE).sum()
         else:
-            alone = self.scope == "micro_batch" or counts_E is None
-            share_E = self.share(self.sent_TE(routing).sum(0) if alone else counts_E)
+            share_E = self.share(self.sent_TE(routing).sum(0) if counts_E is None else counts_E)
             total = (share_E.to(probs_TE.dtype) * probs_TE.sum(0)).sum()
         return self.coef * probs_TE.shape[1] * total / tokens
 

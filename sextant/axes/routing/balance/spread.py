@@ -34,7 +34,7 @@ class SpreadLoss(BalanceLoss):
 
     def loss(self, routing: Routing, stream: Stream, counts_E: Tensor | None, tokens: int) -> Tensor:
         sum_E, weight = self.sum_E(routing), len(routing.experts_TA) / tokens
-        if not self.ahead or counts_E is None:
+        if counts_E is None:
             return self.coef * weight * squared_variation(sum_E)
         whole = squared_variation(sum_E + (counts_E - sum_E).detach())  # the others' part is a constant here
         return self.coef * (whole - (1 - weight) * whole.detach())
