@@ -30,6 +30,8 @@ class Cost:
         read_bytes: decoding state read by the step after ``at.tokens`` tokens.
         activation_bytes: kept for backward, per token, without recomputation.
         exchange_bytes: sent and received by expert-parallel dispatch and combine, forward, per token.
+        padding_flops: forward FLOPs per token that rows of zeros cost on top, expected under even random routing of one
+            sequence of ``at.tokens`` (more tokens at once need fewer zeros each).
     """
 
     params: int = 0
@@ -39,6 +41,7 @@ class Cost:
     read_bytes: int = 0
     activation_bytes: float = 0.0
     exchange_bytes: float = 0.0
+    padding_flops: float = 0.0
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))

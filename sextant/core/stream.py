@@ -98,5 +98,5 @@ class Stream:
 
     @cached_property
     def lot_B(self) -> Tensor:
-        """fp32: a number from [0, 1) for each sequence, drawn once: the same in all layers, and when one is recomputed."""
+        """fp32: a number from [0, 1) for each sequence, drawn once: the same in all layers, recomputed ones too."""
         return torch.rand(self.cu_seqlens.numel() - 1, device=self.cu_seqlens.device)

@@ -28,6 +28,7 @@ from sextant.axes.routing import (
     Routing,
     SoftmaxTopK,
 )
+from sextant.core.cost import At
 from sextant.core.errors import UsageError
 from sextant.core.stream import Stream
 
@@ -378,6 +379,29 @@ def test_blocks_are_filled_and_reported(block):
     assert usage.padding <= EXPERTS * (block - 1)
 
 
+@pytest.mark.parametrize(
+    "rule", params([BlockPadded(block=16), BlockPadded(block=8), Dropless(tile=4), Dynamic(), Dynamic(factor=1.0)])
+)
+def test_the_budget_expects_the_padding_of_random_routing(rule):
+    """Mean of measured rows of zeros over random routings; the expected FLOPs follow from it."""
+    experts, x_TD, measured = stack(), torch.randn(60, WIDTH, dtype=torch.float64), []
+    for _ in range(60):
+        routing = rule.admit(routed(torch.randn(60, EXPERTS).double()), stream_of(60), training=True)
+        measured.append(float(rule.compute(experts, x_TD, routing)[1].padding))
+    mean, error = torch.tensor(measured).mean().item(), torch.tensor(measured).std().item() / 60**0.5
+    assert rule.padding(60, 2, EXPERTS) == pytest.approx(mean, abs=4 * error + 0.03 * mean)
+    cost = Experts(experts=EXPERTS, hidden=HIDDEN, overflow=rule).cost(WIDTH, At(tokens=60))
+    assert cost.padding_flops == pytest.approx(rule.padding(60, 2, EXPERTS) * 2 * 3 * WIDTH * HIDDEN / 60)
+
+
+def test_the_budget_knows_what_rounds_do_not_keep():
+    plain, rounds = (
+        Experts(experts=EXPERTS, hidden=HIDDEN, overflow=rule).cost(WIDTH, At(tokens=60, itemsize=4)).activation_bytes
+        for rule in (Dropless(), CappedRounds(cap=64))
+    )
+    assert plain - rounds == 4 * 2 * (2 * WIDTH + 3 * HIDDEN)
+
+
 def layer_gradients(rule: Overflow, experts: ExpertStack, x_TD: Tensor, routing: Routing) -> list[Tensor]:
     """Output, then gradients by rows, gates and both stacks."""
     x_TD = x_TD.clone().requires_grad_()
@@ -458,7 +482,9 @@ def test_what_cannot_be_is_refused_by_name(made, message):
 
 @pytest.mark.parametrize(
     "rule",
-    params([Capacity(factor=0.4, order="random"), DeviceCapacity(factor=0.6, devices=3, exempt=0.2), Capacity(factor=0.4)]),
+    params(
+        [Capacity(factor=0.4, order="random"), DeviceCapacity(factor=0.6, devices=3, exempt=0.2), Capacity(factor=0.4)]
+    ),
 )
 def test_recomputation_drops_the_same(rule):
     """Under activation checkpointing: the gradients are those of the decision that was made."""

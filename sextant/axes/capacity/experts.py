@@ -50,16 +50,21 @@ class Experts(FeedForward):
         return cost + self.shared_cost(width, at)
 
     def expert_cost(self, width: int, at: At) -> Cost:
-        """The routed part at payload width ``width``: E experts stored, A met; copies travel there and back."""
+        """The routed part at payload width ``width``: E experts stored, A met; copies travel there and back.
+
+        A rule that drops is counted as if it took all: how much it drops depends on the router.
+        """
         chosen, halves = self.router.top_k, 2 if is_gated(self.activation) else 1
         one = (halves + 1) * width * self.hidden
-        kept = at.itemsize * chosen * (2 * width + (halves + 1) * self.hidden) + 8 * chosen
+        rows = at.itemsize * chosen * (2 * width + (halves + 1) * self.hidden) if self.overflow.keeps_rows else 0
+        padding = self.overflow.padding(at.tokens, chosen, self.experts)
         return Cost(
             params=self.experts * one,
             active_params=chosen * one,
             flops=2.0 * chosen * one,
-            activation_bytes=kept,
+            activation_bytes=rows + 8 * chosen,
             exchange_bytes=2 * chosen * width * at.itemsize,
+            padding_flops=2.0 * one * padding / at.tokens,
         )
 
     def shared_cost(self, width: int, at: At) -> Cost:

@@ -175,3 +175,12 @@ class Overflow(Spec):
     def compute(self, experts: Stack, x_TD: Tensor, routing: Routing) -> tuple[Tensor, Usage]:
         """Dispatch, experts, combine: fp32 ``[T, D]``."""
         raise NotImplementedError
+
+    @property
+    def keeps_rows(self) -> bool:
+        """Whether the experts' rows are kept for the backward, or computed once more there."""
+        return True
+
+    def padding(self, tokens: int, chosen: int, experts: int) -> float:
+        """Rows of zeros to expect for so many tokens under even random routing."""
+        return 0.0

@@ -8,6 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from sextant.axes.routing.base import Overflow, Routing, Stack, Usage
+from sextant.axes.routing.overflow.expected import block_padding
 from sextant.axes.routing.overflow.shares import through
 
 
@@ -21,3 +22,6 @@ class BlockPadded(Overflow):
 
     def compute(self, experts: Stack, x_TD: Tensor, routing: Routing) -> tuple[Tensor, Usage]:
         return through(experts, x_TD, routing, tile=self.block)
+
+    def padding(self, tokens: int, chosen: int, experts: int) -> float:
+        return block_padding(tokens, chosen, experts, self.block)

@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from sextant.axes.routing.base import Overflow, Routing, Stack, Usage
+from sextant.axes.routing.overflow.expected import block_padding
 from sextant.axes.routing.overflow.rounds import fixed_tiles
 from sextant.axes.routing.overflow.shares import through
 
@@ -29,3 +30,10 @@ class Dropless(Overflow):
         if self.tile is None:
             return through(experts, x_TD, routing)
         return fixed_tiles(experts, x_TD, routing, self.tile)
+
+    @property
+    def keeps_rows(self) -> bool:
+        return self.tile is None
+
+    def padding(self, tokens: int, chosen: int, experts: int) -> float:
+        return block_padding(tokens, chosen, experts, self.tile) if self.tile else 0.0

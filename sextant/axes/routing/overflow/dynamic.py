@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sextant.axes.routing.base import Overflow, Routing, Stack, Usage
 from sextant.axes.routing.overflow.admission import Order, admitted, ranked
+from sextant.axes.routing.overflow.expected import longest_padding
 from sextant.axes.routing.overflow.shares import through
 from sextant.core.stream import Stream
 
@@ -28,8 +29,14 @@ class Dynamic(Overflow):
         if self.factor is None:
             return routing
         (tokens, copies), experts = routing.experts_TA.shape, routing.probs_TE.shape[1]
-        limit = copies * int(self.factor * -(-tokens // experts))
-        return admitted(routing, routing.experts_TA, limit, ranked(routing, self.order))
+        return admitted(routing, routing.experts_TA, self._most(tokens, copies, experts), ranked(routing, self.order))
 
     def compute(self, experts: Stack, x_TD: Tensor, routing: Routing) -> tuple[Tensor, Usage]:
         return through(experts, x_TD, routing, tile=1, least=int(routing.taken_E().max()))
+
+    def padding(self, tokens: int, chosen: int, experts: int) -> float:
+        return longest_padding(tokens, chosen, experts, self._most(tokens, chosen, experts))
+
+    def _most(self, tokens: int, chosen: int, experts: int) -> int:
+        """Places of each expert at most."""
+        return tokens if self.factor is None else chosen * int(self.factor * -(-tokens // experts))

@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from sextant.axes.routing.base import Overflow, Routing, Stack, Usage
+from sextant.axes.routing.overflow.expected import block_padding
 from sextant.axes.routing.overflow.shares import through
 from sextant.kernels.permute import plan
 from sextant.kernels.permute.rounds import in_rounds
@@ -34,6 +35,13 @@ class CappedRounds(Overflow):
 
     def compute(self, experts: Stack, x_TD: Tensor, routing: Routing) -> tuple[Tensor, Usage]:
         return fixed_tiles(experts, x_TD, routing, self.tile, self.cap)
+
+    @property
+    def keeps_rows(self) -> bool:
+        return False
+
+    def padding(self, tokens: int, chosen: int, experts: int) -> float:
+        return block_padding(tokens, chosen, experts, self.tile)
 
 
 def fixed_tiles(
