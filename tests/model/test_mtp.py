@@ -6,10 +6,9 @@ from cases import DENSE, MOE, VOCAB, close, model_spec, random_tokens
 from torch import Tensor
 
 from sextant.axes.kv import GQA, MLA
-from sextant.axes.numerics import BF16, FP32
+from sextant.axes.numerics import BF16
 from sextant.core.cost import At
 from sextant.core.errors import UsageError
-from sextant.core.spec import Spec
 from sextant.core.stream import Stream
 from sextant.kernels.loss import IGNORE, summed_loss
 from sextant.model.checks import check
@@ -19,7 +18,10 @@ from sextant.model.transformer import Output, Transformer
 
 HEADS = GQA(heads=2, kv_heads=1, head_dim=6)
 LAYERS = (Layer(kv=HEADS, feed_forward=DENSE), Layer(kv=HEADS, feed_forward=MOE))
-CHOICES = [MTP(order=order, hidden=hidden) for order in ("embedding_first", "hidden_first") for hidden in ("post_norm", "pre_norm")]  # type: ignore[arg-type]
+CHOICES = [
+    MTP(order="embedding_first", hidden="post_norm"), MTP(order="embedding_first", hidden="pre_norm"),
+    MTP(order="hidden_first", hidden="post_norm"), MTP(order="hidden_first", hidden="pre_norm"),
+]
 LENGTHS = [7, 1, 4, 2, 3]
 
 
@@ -276,7 +278,7 @@ def test_drafting_in_steps_equals_training(hidden, chunks):
     """Two modules in a row over their own states, two sequences, chunks of any length."""
     model, lengths = build(MTP(depth=2, hidden=hidden)), [sum(own) for own in zip(*chunks, strict=True)]
     tokens = [random_tokens(length + 2, seed=length).tolist() for length in lengths]
-    together_T = torch.tensor(sum(tokens, []))
+    together_T = torch.tensor([token for own in tokens for token in own])
     trained = ahead(model, together_T, [length + 2 for length in lengths])
     main, memories = model.memory(2), [model.draft_memory(2, module=k) for k in range(2)]
     found, at = [[], []], [0, 0]
