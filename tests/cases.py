@@ -113,6 +113,12 @@ def mixtures() -> list[Experts]:
     return list(dict.fromkeys([*routers, *(mixture(overflow=overflow) for overflow in examples(OVERFLOW))]))
 
 
+def part(feed_forward: Experts) -> str:
+    """The router or the rule that a mixture is here for, as a test id."""
+    plain = feed_forward.router == mixture().router
+    return name(feed_forward.overflow if plain else feed_forward.router)
+
+
 def stirred(model: nn.Module, seed: int = 5) -> nn.Module:
     """The model with selection biases as training leaves them: some experts pushed, some held back."""
     generator = torch.Generator().manual_seed(seed)

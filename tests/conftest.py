@@ -5,9 +5,7 @@ import os
 import pytest
 import torch
 from hypothesis import settings
-from tally import table, tally
-
-from sextant.axes.attention import TABLE
+from tally import ROWS, table, tally
 
 settings.register_profile("sextant", max_examples=25, deadline=None, derandomize=True, database=None)
 settings.load_profile("sextant")
@@ -30,15 +28,16 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Where contract tests ran, their counts by row and check; workers report to the process that prints this."""
-    stats, kinds = terminalreporter.stats, [row.name for row in TABLE]
-    passed, failed = (
-        tally([report.nodeid for outcome in outcomes for report in stats.get(outcome, [])], kinds)
-        for outcomes in (["passed"], ["failed", "error"])
-    )
-    if passed or failed:
-        terminalreporter.section("contracts: checks passed, by row of axis 1")
-        for line in table(passed, failed, kinds):
-            terminalreporter.write_line(line)
+    stats = terminalreporter.stats
+    for axes, kinds in ROWS.items():
+        passed, failed = (
+            tally([report.nodeid for outcome in outcomes for report in stats.get(outcome, [])], kinds)
+            for outcomes in (["passed"], ["failed", "error"])
+        )
+        if passed or failed:
+            terminalreporter.section(f"contracts: checks passed, by row of {axes}")
+            for line in table(passed, failed, kinds):
+                terminalreporter.write_line(line)
 
 
 @pytest.fixture(autouse=True)

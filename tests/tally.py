@@ -1,21 +1,41 @@
-"""After a run with contract tests: how many checks passed, row by row of axis 1."""
+"""After a run with contract tests: how many checks passed, row by row of the tables."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
+from sextant.axes.attention import TABLE as ATTENTION
+from sextant.axes.capacity import TABLE as CAPACITY
+from sextant.axes.numerics import TABLE as NUMERICS
+from sextant.axes.routing import BALANCE, OVERFLOW
+from sextant.axes.routing import TABLE as ROUTING
+from sextant.axes.stability import INITS, NORMS
+from sextant.axes.stability import TABLE as STABILITY
+
+ROWS = {
+    "axis 1": [row.name for row in ATTENTION],
+    "axes 3 to 6": [
+        row.name
+        for table in (CAPACITY, ROUTING, OVERFLOW, BALANCE, STABILITY, NORMS, INITS, NUMERICS) for row in table
+    ],
+}
+"""Kinds by the part of the counts that they stand in."""
+
 HEADINGS = {
-    "past": ("token_changes_nothing", "t3_", "t11_choices"),
+    "past": ("token_changes_nothing", "t3_", "t11_choices", "past_"),
     "fed": ("prefill", "ragged_batch", "one_token", "late_positions", "equal_rows", "t4_", "t5_"),
     "packed": ("packed_sequences", "no_bit", "batch_order", "t6_"),
     "undone": ("rolled_back", "one_sequence_of_a_batch", "forks", "t11_a"),
-    "grads": ("gradients", "t10_"),
-    "hard": ("t14_", "t24_"),
-    "cost": ("state_bytes", "pattern_counts"),
+    "replay": ("own_record", "a_record_of_steps", "chunks_record", "other_blocks"),
+    "counts": ("counts_",),
+    "grads": ("gradients", "grads_", "t10_"),
+    "hard": ("t14_", "t24_", "hard_"),
+    "cost": ("state_bytes", "pattern_counts", "cost_"),
 }
 """Checks by how their names begin: no later token counts; the same however it is fed; apart from neighbours; taken
-back and forked; gradients; symmetry, ties and huge numbers; bytes and parameters as declared.
+back and forked; recorded choices followed; no copy lost uncounted; gradients; symmetry, ties, huge numbers and few
+tokens; bytes, parameters and FLOPs as declared.
 """
 
 

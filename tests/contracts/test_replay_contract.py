@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from cases import MOE, PLAIN, WIDTH, examples, mixtures, model_spec, name, params, random_tokens, stirred
+from cases import MOE, PLAIN, WIDTH, examples, mixtures, model_spec, name, params, part, random_tokens, stirred
 from torch import Tensor, nn
 
 from sextant.axes.attention import DSA, TABLE, Full, InfLLM, MoBA
@@ -37,7 +37,7 @@ def layers() -> Iterator[Layer]:
 
 
 CASES = [
-    pytest.param(layer, id=name(layer.attention if layer.feed_forward == MOE else layer.feed_forward))
+    pytest.param(layer, id=name(layer.attention) if layer.feed_forward == MOE else part(layer.feed_forward))
     for layer in layers()
 ]
 
