@@ -7,10 +7,14 @@ from functools import partial
 from sextant.core.errors import UsageError, nearest
 from sextant.recipes import (
     bigbird,
+    dbrx,
+    deepseek_moe_16b,
     deepseek_v2,
     deepseek_v3,
     gemma_3,
+    glam,
     gpt_oss,
+    gshard,
     infllm,
     infllm_v2_8b,
     llama_3_8b,
@@ -24,7 +28,9 @@ from sextant.recipes import (
     nano,
     nsa_27b,
     seer_attention,
+    shazeer_2017,
     sparse_transformer,
+    switch_base,
 )
 from sextant.recipes.base import Recipe
 from sextant.train.run import Run
@@ -59,16 +65,34 @@ RECIPES: tuple[Recipe, ...] = (
         moba_llama_8b.paper, moba_llama_8b.twin,
     ),
     Recipe(
+        "shazeer-2017", "noisy top-k: 4 of 256 experts, balanced by their variation", "1701.06538",
+        shazeer_2017.paper, shazeer_2017.twin,
+    ),
+    Recipe(
+        "gshard", "2 of 2,048 experts, the second at random, capacity with drops", "2006.16668", gshard.paper,
+        gshard.twin,
+    ),
+    Recipe(
+        "switch-base", "1 of 128 experts in every second layer, capacity with drops", "2101.03961", switch_base.paper,
+        switch_base.twin,
+    ),
+    Recipe("glam", "2 of 64 experts in every second layer", "2112.06905", glam.paper, glam.twin),
+    Recipe("dbrx", "4 of 16 experts, clipped projections", "DBRX, March 2024", dbrx.paper, dbrx.twin),
+    Recipe(
+        "deepseek-moe-16b", "6 of 64 fine experts and 2 shared", "2401.06066", deepseek_moe_16b.paper,
+        deepseek_moe_16b.twin,
+    ),
+    Recipe(
         "deepseek-v2-lite", "latent attention, 6 of 64 fine experts and 2 shared", "2405.04434",
         deepseek_v2.paper_lite, deepseek_v2.twin_lite,
     ),
     Recipe(
-        "deepseek-v2", "latent attention, 6 of 160 fine experts and 2 shared", "2405.04434", deepseek_v2.paper,
-        deepseek_v2.twin,
+        "deepseek-v2", "latent attention, 6 of 160 fine experts on 3 of 8 devices and 2 shared", "2405.04434",
+        deepseek_v2.paper, deepseek_v2.twin,
     ),
     Recipe(
-        "deepseek-v3", "latent attention, 8 of 256 fine experts and 1 shared", "2412.19437", deepseek_v3.paper,
-        deepseek_v3.twin,
+        "deepseek-v3", "latent attention, 8 of 256 fine experts by a bias and 1 shared, MTP", "2412.19437",
+        deepseek_v3.paper, deepseek_v3.twin,
     ),
     Recipe(
         "gpt-oss-20b", "window 128 and full in turn, learned sinks, 4 of 32 experts", "gpt-oss, August 2025",

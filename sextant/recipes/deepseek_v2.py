@@ -1,8 +1,8 @@
 """DeepSeek-V2 and V2-Lite (2405.04434): latent attention, the first layer dense, fine-grained and shared experts after.
 
 ``paper`` and ``paper_lite`` are the pre-training runs at 4,096 tokens; ``extended`` gives a model its long context, as
-released. Routing here takes the best experts of all; V2 allows a token experts of three devices only, and balances
-devices and communication too. What balances here is its expert-level loss, over whole micro-batches.
+released. V2 lets a token meet experts of three devices out of eight, balances experts, devices and communication within
+each sequence, and drops what a device cannot take while it trains; V2-Lite does the first of the losses alone.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from sextant.axes.capacity import Dense, Experts
 from sextant.axes.kv import MLA, RoPE, YaRNScaling
-from sextant.axes.routing import Auxiliary, SoftmaxTopK
+from sextant.axes.routing import AnyBalance, AnyRouter, Auxiliary, Communication, Device, Groups, SoftmaxTopK
+from sextant.axes.routing.overflow import AnyOverflow, DeviceCapacity, Dropless
 from sextant.axes.stability import NormalInit, PreNorm, RMSNorm
 from sextant.model.spec import Layer, ModelSpec, stack
 from sextant.recipes.base import paper_run, twin_run
@@ -22,6 +23,8 @@ from sextant.train.schedule import Steps
 NORM = RMSNorm(eps=1e-6)
 SEQ_LEN = 4096
 STD = 0.006
+LITE_BALANCE = (Auxiliary(coef=0.001, scope="sequence"),)
+DROPLESS = Dropless()
 
 
 @dataclass(frozen=True)
@@ -51,9 +54,25 @@ def small_mla(q_rank: int | None) -> MLA:
     return MLA(heads=4, rank=32, nope_dim=32, rope_dim=16, v_dim=32, q_rank=q_rank)
 
 
-def experts(count: int, hidden: int, *, shared: int, router: SoftmaxTopK, balance: Auxiliary) -> Experts:
+def experts(
+    count: int, hidden: int, *, shared: int, router: AnyRouter, balance: tuple[AnyBalance, ...],
+    overflow: AnyOverflow = DROPLESS,
+) -> Experts:
     """``count`` experts and ``shared`` ones of the same width, which every token meets."""
-    return Experts(experts=count, hidden=hidden, shared=shared * hidden, router=router, balance=(balance,))
+    return Experts(
+        experts=count, hidden=hidden, shared=shared * hidden, router=router, balance=balance, overflow=overflow
+    )
+
+
+def limited(count: int, hidden: int, *, top_k: int, scale: float, devices: int, kept: int) -> Experts:
+    """V2's own: experts spread over ``devices`` of which a token reaches ``kept``; two shared ones."""
+    router = SoftmaxTopK(top_k=top_k, scale=scale, groups=Groups(count=devices, kept=kept))
+    balance = (
+        Auxiliary(coef=0.003, scope="sequence"), Device(coef=0.05, devices=devices, scope="sequence"),
+        Communication(coef=0.02, devices=devices, limit=kept, scope="sequence"),
+    )
+    overflow = DeviceCapacity(devices=devices, factor=1.0, exempt=0.1)
+    return experts(count, hidden, shared=2, router=router, balance=balance, overflow=overflow)
 
 
 def model(name: str, vocab: int, width: int, shape: Shape, std: float = STD, context: int = SEQ_LEN) -> ModelSpec:
@@ -92,8 +111,7 @@ def steps_of(batch: Batch, tokens: float) -> int:
 
 def paper() -> Run:
     """235.74 B parameters, 21.38 B active."""
-    router = SoftmaxTopK(top_k=6, scale=16.0)
-    moe = experts(160, 1536, shared=2, router=router, balance=Auxiliary(coef=0.003))
+    moe = limited(160, 1536, top_k=6, scale=16.0, devices=8, kept=3)
     spec = model("deepseek-v2", 102_400, 5120, Shape(60, 1, 12_288, moe, mla(128, 1536)))
     batch = growing(2304, 9216, tokens=225e9)
     schedule = Steps(warmup=2000, final=0.0, at=(0.6, 0.9))
@@ -102,7 +120,7 @@ def paper() -> Run:
 
 def paper_lite() -> Run:
     """15.71 B parameters, 2.66 B active."""
-    moe = experts(64, 1408, shared=2, router=SoftmaxTopK(top_k=6), balance=Auxiliary(coef=0.001))
+    moe = experts(64, 1408, shared=2, router=SoftmaxTopK(top_k=6), balance=LITE_BALANCE)
     spec = model("deepseek-v2-lite", 102_400, 2048, Shape(27, 1, 10_944, moe, mla(16, None)))
     batch = Batch(rows=4608, micro_rows=1)
     schedule = Steps(warmup=2000, final=0.0, at=(0.8, 0.9))
@@ -110,14 +128,13 @@ def paper_lite() -> Run:
 
 
 def twin() -> Run:
-    """Four layers of width 128, the first dense; queries by way of a latent."""
-    router = SoftmaxTopK(top_k=4, scale=4.0)
-    moe = experts(16, 64, shared=2, router=router, balance=Auxiliary(coef=0.003))
+    """Four layers of width 128, the first dense; queries by way of a latent; experts of two devices out of four."""
+    moe = limited(16, 64, top_k=4, scale=4.0, devices=4, kept=2)
     return twin_run(model("deepseek-v2-twin", 4096, 128, Shape(4, 1, 512, moe, small_mla(64)), std=0.02, context=512))
 
 
 def twin_lite() -> Run:
     """Four layers of width 128, the first dense."""
-    moe = experts(16, 64, shared=2, router=SoftmaxTopK(top_k=4), balance=Auxiliary(coef=0.001))
+    moe = experts(16, 64, shared=2, router=SoftmaxTopK(top_k=4), balance=LITE_BALANCE)
     spec = model("deepseek-v2-lite-twin", 4096, 128, Shape(4, 1, 512, moe, small_mla(None)), std=0.02, context=512)
     return twin_run(spec)

@@ -1,8 +1,8 @@
 """MiniMax-Text-01 (2501.08313; spec minimax-01): seven lightning layers to one of softmax, a mixture in every layer.
 
 Lightning layers have no position code; softmax layers turn half of each head. Norms stand on the residual path
-(DeepNorm). Not in this version: the paper's capacity with dropping and its pooled routing (experts are dropless here),
-its growing batch, and the gain ``(8 L) ** -0.25`` at the start (matrices start as the released configuration says).
+(DeepNorm), and matrices start as that wants. While it trains, experts are limited and groups of devices pool their
+places; the factor is not published, so 1.25 is ours. Not in this version: its growing batch.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from sextant.axes.attention.lightning import fade
 from sextant.axes.capacity import Experts
 from sextant.axes.kv import GQA, RoPE
 from sextant.axes.routing import Auxiliary, SoftmaxTopK
-from sextant.axes.stability import DeepNorm, NormalInit, RMSNorm
+from sextant.axes.routing.overflow import Pooled
+from sextant.axes.stability import DeepNorm, DeepNormInit, RMSNorm
 from sextant.model.spec import Layer, ModelSpec
 from sextant.recipes.base import paper_run, twin_run
 from sextant.train.optim import AdamW
@@ -32,7 +33,7 @@ def layers(
     rest = {
         "feed_forward": Experts(
             experts=experts, hidden=hidden, router=SoftmaxTopK(top_k=2, normalize=True),
-            balance=(Auxiliary(coef=coef),),
+            balance=(Auxiliary(coef=coef),), overflow=Pooled(factor=1.25),
         ),
         "residual": DeepNorm(norm=NORM, alpha=(2 * depth) ** 0.25),
     }
@@ -53,7 +54,7 @@ def paper() -> Run:
     Pre-training in its last and longest phase: 2^27 tokens a step, 11.4 T in all, of which the last 1 T decays.
     """
     model = ModelSpec(
-        name="minimax-text-01", vocab=200_064, width=6144, context=8192, final_norm=NORM,
+        name="minimax-text-01", vocab=200_064, width=6144, context=8192, final_norm=NORM, init=DeepNormInit(),
         layers=layers(
             80, heads=64, kv_heads=8, head_dim=128, base=10_000.0, experts=32, hidden=9216, chunk=256, coef=0.01
         ),
@@ -65,6 +66,6 @@ def paper() -> Run:
 def twin() -> Run:
     """Eight layers of width 128, the last one softmax: 4.0 M parameters."""
     return twin_run(ModelSpec(
-        name="minimax-text-01-twin", vocab=4096, width=128, context=512, final_norm=NORM, init=NormalInit(std=0.05),
+        name="minimax-text-01-twin", vocab=4096, width=128, context=512, final_norm=NORM, init=DeepNormInit(std=0.05),
         layers=layers(8, heads=4, kv_heads=2, head_dim=32, base=10_000.0, experts=4, hidden=192, chunk=64, coef=0.01),
     ))

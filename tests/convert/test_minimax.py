@@ -131,10 +131,12 @@ def test_decay_tables_are_passed_over_and_nothing_else_is_lost(pair: Pair):
 
 
 def test_the_released_file_is_the_recipe():
-    """But for what the extension to long context changed, the balance coefficient, and the chunk."""
+    """But for what the extension to long context changed, and what acts in training: start, balance, dropping."""
     spec = spec_from_hf(RELEASED, name="minimax-text-01")
     recipe = minimax_text_01.paper().model
-    for same in ("context=8192", "layers[*].feed_forward.balance=[]"):
+    recipe = recipe.replace(init=spec.init)
+    no_drops = "layers[*].feed_forward.overflow={kind: dropless}"
+    for same in ("context=8192", "layers[*].feed_forward.balance=[]", no_drops):
         spec, recipe = spec.override(same), recipe.override(same)
     layers = [
         layer.replace(kv=layer.kv.replace(position=layer.kv.position.replace(base=10_000.0))) if layer.kv else layer

@@ -4,6 +4,7 @@ import pytest
 
 from sextant import recipes
 from sextant.axes.capacity import Experts
+from sextant.axes.routing import Dropless
 from sextant.convert import spec_from_hf
 from sextant.core.cost import At
 from sextant.core.errors import UsageError
@@ -40,14 +41,57 @@ def test_the_published_file_of_v2_lite_is_the_extended_recipe():
     assert spec_from_hf(V2_LITE, name="deepseek-v2-lite") == expected
 
 
+V2 = V2_LITE | {
+    "hidden_size": 5120, "intermediate_size": 12288, "moe_intermediate_size": 1536, "n_group": 8,
+    "n_routed_experts": 160, "num_attention_heads": 128, "num_hidden_layers": 60, "num_key_value_heads": 128,
+    "q_lora_rank": 1536, "routed_scaling_factor": 16.0, "topk_group": 3, "topk_method": "group_limited_greedy",
+}
+V3 = V2 | {
+    "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "bos_token_id": 0, "eos_token_id": 1,
+    "ep_size": 1, "first_k_dense_replace": 3, "hidden_size": 7168, "intermediate_size": 18432,
+    "moe_intermediate_size": 2048, "n_routed_experts": 256, "n_shared_experts": 1, "norm_topk_prob": True,
+    "num_experts_per_tok": 8, "num_hidden_layers": 61, "num_nextn_predict_layers": 1, "routed_scaling_factor": 2.5,
+    "scoring_func": "sigmoid", "topk_group": 4, "topk_method": "noaux_tc", "vocab_size": 129280,
+    "rope_scaling": V2_LITE["rope_scaling"] | {"mscale": 1.0, "mscale_all_dim": 1.0},
+}
+
+
+@pytest.mark.parametrize(("name", "config", "mscale"), [("deepseek-v2", V2, 0.707), ("deepseek-v3", V3, 1.0)])
+def test_published_files_choose_as_the_recipes_do(name, config, mscale):
+    """All but what acts in training only: start, balance, dropping, prediction modules."""
+    paper = deepseek_v2.extended(recipes.get(name).paper().model, mscale)
+    for ours, read in zip(paper.layers, spec_from_hf(config).layers, strict=True):
+        if isinstance(ours.feed_forward, Experts):
+            ours = ours.replace(feed_forward=ours.feed_forward.replace(balance=(), overflow=Dropless()))
+        assert read == ours
+
+
+def test_the_prediction_module_of_deepseek_v3():
+    """11.61 B of its own; lambda falls, and the bias stops, where the paper says so in tokens (spec 3.3, 8.1)."""
+    run = recipes.get("deepseek-v3").paper()
+    assert round(run.model.mtp_cost(At(1)).params / 1e9, 2) == 11.61
+    bias, sequence = run.model.layers[-1].feed_forward.balance
+    full, ramp = 15_360 * 4096, run.batch.ramp[-1][0]
+    seen = sum(run.batch.at(step) for step in range(ramp)) * 4096
+
+    def tokens(share: float) -> float:
+        return seen + (share * run.steps - ramp) * full
+
+    assert tokens(run.model.mtp.weight.until) == pytest.approx(10e12, rel=1e-4)
+    assert tokens(bias.until) == pytest.approx(14.3e12, rel=1e-4)
+    assert (bias.rate, sequence.coef, sequence.scope, sequence.counts) == (1e-3, 1e-4, "sequence", "unbiased")
+    assert (run.mtp_weight_at(0), run.mtp_weight_at(run.steps - 1)) == (0.3, 0.1)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"topk_method": "group_limited_greedy"}, "topk_method (got 'group_limited_greedy', expected greedy)"),
+        ({"topk_method": "noaux_tc"}, "topk_method (got 'noaux_tc'"),
         ({"norm_topk_prob": True}, "norm_topk_prob"),
         ({"moe_layer_freq": 2}, "moe_layer_freq"),
         ({"num_key_value_heads": 4}, "num_key_value_heads (got 4, expected 16)"),
-        ({"model_type": "deepseek_v3", "topk_method": "noaux_tc", "scoring_func": "sigmoid"}, "got 'noaux_tc'"),
+        ({"scoring_func": "sigmoid"}, "topk_method (got 'greedy', expected noaux_tc)"),
+        ({"topk_method": "group_limited_greedy", "n_group": 7, "topk_group": 2}, "7 does not divide experts 64"),
     ],
 )
 def test_what_we_do_not_have_is_refused(change, words):

@@ -22,6 +22,9 @@ PUBLISHED = {
     "deepseek-v2": (235.74, 21.38),  # 2405.04434 prints 236 and 21
     "deepseek-v3": (671.03, 37.55),  # 2412.19437 prints 671 and 37
     "moba-llama-8b": (8.03, 8.03),  # 2502.13189: the same weights
+    "dbrx": (131.60, 36.47),  # published as 132 and 36
+    "deepseek-moe-16b": (16.38, 2.83),  # 2401.06066 prints 16.4 and 2.8
+    "glam": (1161.76, 96.60),  # 2112.06905 prints 1.2 T and 96.6
 }
 
 GEMMA_NON_EMBEDDING = {
@@ -67,7 +70,7 @@ def test_gemma_without_embedding_is_the_published_count(name):
 def test_formula_equals_the_meta_built_count(name, size):
     run = getattr(recipes.get(name), size)()
     model = run.model.build(run.numerics, device="meta")
-    assert sum(p.numel() for p in model.parameters()) == cost(run).params
+    assert sum(p.numel() for p in model.parameters()) == run.model.training_cost(At(run.data.seq_len)).params
 
 
 @pytest.mark.parametrize("name", recipes.names())
@@ -108,6 +111,16 @@ def test_every_ladder_rung_follows_the_rule():
         assert model.layers[-1].attention.kind == "full" and model.layers[-1].kv.position.kind == "nope"
         assert model.layers[-1].feed_forward.kind == "latent_experts"
         assert sum(layer.attention.kind == "full" for layer in model.layers) == depth // 6
+
+
+HEAD_ONLY = {"deepseek-v2-lite": 2.45, "deepseek-v2": 20.85, "deepseek-v3": 36.63}
+
+
+@pytest.mark.parametrize("name", HEAD_ONLY)
+def test_deepseek_counts_its_head_and_not_its_embedding(name):
+    """2405.04434 prints 2.4 B for V2-Lite, and the release notes of V3 36.6 B (spec deepseek-v3 2.7)."""
+    run = recipes.get(name).paper()
+    assert round((cost(run).active_params - run.model.vocab * run.model.width) / 1e9, 2) == HEAD_ONLY[name]
 
 
 def test_moba_adds_nothing():
