@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from sextant.axes.capacity.activation import Activation, activate, is_gated
+from sextant.axes.numerics import Product
 from sextant.axes.stability import Role
 from sextant.kernels.grouped import grouped_linear, grouped_swiglu, row_linear
 
@@ -26,6 +29,11 @@ class ExpertStack(nn.Module):
         self.joint = {"up_EDF": halves}
         self.up_EDF = nn.Parameter(torch.empty(experts, width, halves * hidden))
         self.down_EFD = nn.Parameter(torch.empty(experts, hidden, width))
+        self.products = nn.ModuleDict()
+
+    def attach(self, make: Callable[[], Product]) -> None:
+        """Both stacks multiply by products of their own from now on; each is one tensor to them."""
+        self.products.update({"up": make(), "down": make()})
 
     @property
     def weights(self) -> int:
@@ -38,17 +46,21 @@ class ExpertStack(nn.Module):
         return self.up_EDF, self.down_EFD
 
     def forward(self, x_ND: Tensor, counts_E: Tensor) -> Tensor:
+        if len(self.products):
+            return self._by_products(x_ND, self.up_EDF, self.down_EFD, counts_E)
         if self.activation == "swiglu":
             return grouped_swiglu(x_ND, self.up_EDF, self.down_EFD, counts_E)
         return grouped_linear(self._activate(grouped_linear(x_ND, self.up_EDF, counts_E)), self.down_EFD, counts_E)
 
     def one(self, x_ND: Tensor, up_DF: Tensor, down_FD: Tensor) -> Tensor:
         """Rows through the expert with these matrices."""
+        if len(self.products):
+            return self._by_products(x_ND, up_DF[None], down_FD[None])
         return self._activate(x_ND @ up_DF.to(x_ND.dtype)) @ down_FD.to(x_ND.dtype)
 
     def few(self, x_TD: Tensor, experts_TA: Tensor) -> Tensor | None:
         """``y_TAD`` without sorting, where it is faster: all experts on all rows, or each copy by itself; else None."""
-        if x_TD.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if x_TD.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling() or len(self.products):
             return None
         copies = experts_TA.numel()
         if 2 * copies > self.experts and len(x_TD) * self.weights <= LITTLE:
@@ -66,6 +78,10 @@ class ExpertStack(nn.Module):
         """Every row by every expert, ``[E, T, D]``."""
         x_ETD = x_TD.expand(len(self.up_EDF), -1, -1)
         return torch.bmm(self._activate(torch.bmm(x_ETD, self.up_EDF.to(x_TD.dtype))), self.down_EFD.to(x_TD.dtype))
+
+    def _by_products(self, x_ND: Tensor, up_EDF: Tensor, down_EFD: Tensor, counts_E: Tensor | None = None) -> Tensor:
+        h_NF = self.products["up"](x_ND, up_EDF.mT, counts_E)
+        return self.products["down"](self._activate(h_NF), down_EFD.mT, counts_E)
 
     def _activate(self, h_NF: Tensor) -> Tensor:
         gate_NF, value_NF = h_NF.chunk(2, dim=-1) if is_gated(self.activation) else (h_NF, None)

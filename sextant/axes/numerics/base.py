@@ -2,10 +2,40 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Iterator
+from typing import Protocol, runtime_checkable
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sextant.core.spec import Spec
+
+Reduce = Callable[[Tensor], Tensor]
+"""The elementwise maximum over the ranks that share the tensors."""
+
+
+class Product(nn.Module):
+    """What stands in a matrix's place in products: ``x W^T`` in another precision, with what that must remember."""
+
+    def forward(self, x: Tensor, weight_EFD: Tensor, counts_E: Tensor | None = None) -> Tensor:
+        """Rows ``[..., D]`` times the matrices ``[F, D]`` they belong to.
+
+        Args:
+            x: rows; with ``counts_E`` sorted by matrix, ``[N, D]``.
+            weight_EFD: master weights; a view in this order of axes will do.
+            counts_E: int64, rows of each matrix; None when there is only one.
+        """
+        raise NotImplementedError
+
+
+@runtime_checkable
+class Multiplies(Protocol):
+    """A module with matrices whose products a policy may replace."""
+
+    def attach(self, make: Callable[[], Product]) -> None:
+        """Multiply by what ``make`` gives from now on, one for each matrix; or leave things as they are."""
+        ...
 
 
 class Numerics(Spec):
@@ -24,3 +54,32 @@ class Numerics(Spec):
     def itemsize(self) -> int:
         """Bytes per element of activations and decoding states."""
         return 4 if self.compute is None else self.compute.itemsize
+
+    @property
+    def serving(self) -> Numerics:
+        """The policy under which a model trained with this one is served."""
+        return self
+
+    def attach(self, model: nn.Module) -> None:
+        """Give the matrices of a new model the products of this policy; none for plain dtypes."""
+
+    def after_step(self, model: nn.Module, reduce: Reduce | None = None) -> int:
+        """Take in what the step's tensors were like; called once for each step, after its update.
+
+        Args:
+            reduce: for models whose tensors several ranks share.
+
+        Returns:
+            Values that a cast had to saturate in this step, on this rank.
+        """
+        return 0
+
+
+def products(model: nn.Module) -> Iterator[Product]:
+    """Every product that a policy attached, in the order of the modules."""
+    return (module for module in model.modules() if isinstance(module, Product))
+
+
+def is_training_state(name: str) -> bool:
+    """Whether an entry of a state dict belongs to a product: training goes on with it, serving needs none."""
+    return re.search(r"\.products?\.", name) is not None

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from sextant.axes.numerics import Product
 
 
 class Role(StrEnum):
@@ -41,8 +43,12 @@ class Values(NamedTuple):
         return [(values, rows[:, start:stop]) for values, start, stop in edges if start < stop]
 
 
+HIDDEN = frozenset({Role.ATTENTION_IN, Role.ATTENTION_OUT, Role.FF_IN, Role.FF_OUT})
+"""Roles of matrices whose products a policy of numerics may lower further than the rest."""
+
+
 class Linear(nn.Module):
-    """``y = x W^T (+ b)`` with ``weight`` [out, in]; computes in the dtype of ``x``.
+    """``y = x W^T (+ b)`` with ``weight`` [out, in]; computes in the dtype of ``x``, or as its product does.
 
     ``values`` marks rows that make attention's values, and ``joint`` says how many equal matrices lie one below
     another: what some starts depend on.
@@ -55,10 +61,19 @@ class Linear(nn.Module):
         self.role, self.values, self.joint = role, values, {"weight": joint}
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
         self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
+        self.product: Product | None = None
+
+    def attach(self, make: Callable[[], Product]) -> None:
+        """Multiply by a product of its own from now on, if this is a hidden matrix."""
+        if self.role in HIDDEN:
+            self.product = make()
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
+        if self.product is None:
+            return F.linear(x, self.weight.to(x.dtype), bias)
+        y = self.product(x, self.weight[None])
+        return y if bias is None else y + bias
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]} -> {self.weight.shape[0]}, {self.role}"
@@ -89,7 +104,7 @@ class Joined(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """What each layer gives, as views of one tensor."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias).split(self.widths, dim=-1)
+        return F.linear(x, self.weight.to(x.dtype), bias).split_with_sizes(self.widths, -1)
 
 
 @runtime_checkable
