@@ -118,6 +118,7 @@ class Trainer:
             self._clip(norm)
             self.optimiser.step(self.run.schedule.factor(self.step, self.run.steps))
             self.balance.update(self.model, self.step / self.run.steps)
+        parts["saturated"] = self.run.numerics.after_step(self.model)
         self.step += 1
         self._report(batches, parts, norm)
 
@@ -214,6 +215,7 @@ class Trainer:
             lr=self.optimiser.lr, rows=sum(len(batch.samples) for batch in batches), tokens=self.tokens,
             seconds=self.seconds, tokens_per_second=rate, mfu=self.clock.mfu(rate), memory=memory_in_use(self.device),
             eta=self.clock.eta(self.run.steps - self.step), skipped=self.spikes.skipped, load=self.balance.loads(),
+            saturated=int(parts["saturated"]),
         )
         self.folder.record(report.metrics())
         self.board.step(report)

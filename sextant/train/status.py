@@ -18,7 +18,7 @@ class StepReport:
     """Numbers of one optimiser step, as ``metrics.jsonl`` keeps them.
 
     ``loss`` is nats per predicted token; ``bpb`` bits per byte of the same; ``load`` is by MoE layer; ``indexer`` is
-    what separate indexers add to the loss; ``mtp`` nats of the prediction modules' targets per predicted token, their
+    what separate indexers add to the loss; ``saturated`` values that FP8 casts cut off in the step; ``mtp`` nats of the prediction modules' targets per predicted token, their
     mean over the modules and without lambda.
     """
 
@@ -39,6 +39,7 @@ class StepReport:
     skipped: int
     load: dict[int, Load] = field(default_factory=dict)
     indexer: float = 0.0
+    saturated: int = 0
     mtp: float = 0.0
 
     def line(self) -> str:
@@ -62,6 +63,8 @@ class StepReport:
             parts.append(f"indexer {self.indexer:.3f}")
         if self.mtp:
             parts.append(f"mtp {self.mtp:.3f}")
+        if self.saturated:
+            parts.append(f"saturated {units.count(self.saturated)}")
         if self.skipped:
             parts.append(f"skipped {self.skipped}")
         return " | ".join([*parts, f"eta {units.duration(self.eta)}"])
