@@ -18,8 +18,8 @@ class StepReport:
     """Numbers of one optimiser step, as ``metrics.jsonl`` keeps them.
 
     ``loss`` is nats per predicted token; ``bpb`` bits per byte of the same; ``load`` is by MoE layer; ``indexer`` is
-    what separate indexers add to the loss; ``saturated`` values that FP8 casts cut off in the step; ``mtp`` nats of the prediction modules' targets per predicted token, their
-    mean over the modules and without lambda.
+    what separate indexers add to the loss; ``mtp`` nats of the prediction modules' targets per predicted token, their
+    mean over the modules and without lambda; ``saturated`` values that FP8 casts cut off in the step.
     """
 
     step: int
