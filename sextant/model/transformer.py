@@ -91,7 +91,6 @@ class Transformer(nn.Module):
         )
         self.rotaries = {module.code: module for module in self.modules() if isinstance(module, Rotary)}
         numerics.attach(self)
-        numerics.attach(self)
 
     @property
     def head_PD(self) -> Tensor:
