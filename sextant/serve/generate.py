@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sextant.axes.numerics import AnyNumerics
+from sextant.axes.numerics import AnyNumerics, is_training_state
 from sextant.axes.stability import Joins, Linear, Role, roles
 from sextant.core import tensorfile
 from sextant.core.errors import CheckpointError, UsageError
@@ -237,8 +237,9 @@ def load(
     run = Run.load(folder / "config.yaml")
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
     _require_tokenizer(manifest, tokenizer, folder)
-    model = Transformer(run.model, numerics or run.numerics)
+    model = Transformer(run.model, (numerics or run.numerics).serving)
     tensors = tensorfile.read(found / "model.safetensors", device)
+    tensors = {name: tensor for name, tensor in tensors.items() if not is_training_state(name)}
     checkpoint.require_tensors(tensors, model.state_dict(), found.name)
     bad = tensorfile.first_non_finite(tensors)
     if bad is not None:
