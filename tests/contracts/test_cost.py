@@ -20,7 +20,8 @@ from sextant.axes.kv import GQA, POSITIONS
 from sextant.axes.kv import TABLE as KV
 from sextant.axes.numerics import BF16, FP32
 from sextant.axes.routing import TABLE as ROUTING
-from sextant.axes.routing import SoftmaxTopK
+from sextant.axes.routing import Overflow, SoftmaxTopK
+from sextant.axes.routing.overflow.limited import Limited
 from sextant.axes.stability import NORMS, SandwichNorm
 from sextant.axes.stability import TABLE as STABILITY
 from sextant.core.cost import At, Cost
@@ -117,7 +118,8 @@ def test_model_flops_equal_the_counter(spec, monkeypatch):
     """Forward products by the counter, attention by its masks."""
     # The cost is of the rows that experts are sent; for few rows a CPU runs all experts on all of them instead.
     monkeypatch.setattr("sextant.axes.capacity.stack.LITTLE", 0)
-    model, tokens_T = spec.build(), random_tokens(AT.tokens)
+    monkeypatch.setattr(Limited, "admit", Overflow.admit)  # and of all copies, dropped or not
+    model, tokens_T = spec.build().eval(), random_tokens(AT.tokens)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model.logits(model(tokens_T, Stream.of_lengths([AT.tokens])).hidden_TD)
     counts = counter.get_flop_counts()["Global"]
