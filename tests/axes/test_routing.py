@@ -4,6 +4,7 @@ import pytest
 import torch
 from cases import close, examples, params
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from sextant.axes.capacity import Experts
 from sextant.axes.numerics import FP32
@@ -19,6 +20,7 @@ from sextant.axes.routing import (
     SoftmaxTopK,
     Switch,
 )
+from sextant.core.cost import At
 from sextant.core.errors import UsageError
 from sextant.core.stream import Stream
 
@@ -249,6 +251,15 @@ def test_experts_answer_the_copies_that_were_sent(spec, training):
     close(y_TD, torch.einsum("te,etd->td", gates_TE, module.experts.all(x_TD)), 1e-11)
     y_TD.sum().backward()
     assert module.router.weight.grad.abs().sum() > 0
+
+
+@TRAINING
+@ROUTERS
+def test_products_are_those_of_the_cost(spec, training):
+    """Parameters are compared in the contract over costs."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        route(spec, training=training)
+    assert counter.get_total_flops() == TOKENS * spec.cost(WIDTH, EXPERTS, At(TOKENS)).flops
 
 
 def test_dropless_admits_everything_however_uneven():
