@@ -120,8 +120,11 @@ def part(feed_forward: Experts) -> str:
 
 
 def stirred(model: nn.Module, seed: int = 5) -> nn.Module:
-    """The model with selection biases as training leaves them: some experts pushed, some held back."""
+    """The model as training leaves it: selection biases push some experts, and nothing that starts at 0 is still 0."""
     generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.4, generator=generator)
     for module in model.modules():
         if isinstance(module, SelectionBias):
             module.value_E.copy_(torch.randn(len(module.value_E), generator=generator) / 5)
