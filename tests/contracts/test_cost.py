@@ -7,7 +7,7 @@ that a mask hides; so products are counted by the machine, and attention by the 
 
 import pytest
 import torch
-from cases import PLAIN, built, examples, model_spec, params, random_tokens
+from cases import PLAIN, built, examples, model_spec, name, params, random_tokens
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -15,7 +15,7 @@ from sextant.axes.attention import TABLE as ATTENTION
 from sextant.axes.attention import Full, Mixer, Window
 from sextant.axes.attention.static import SpanPattern
 from sextant.axes.capacity import TABLE as CAPACITY
-from sextant.axes.capacity import Dense, Experts
+from sextant.axes.capacity import Dense, Experts, LatentExperts
 from sextant.axes.kv import GQA, POSITIONS
 from sextant.axes.kv import TABLE as KV
 from sextant.axes.numerics import BF16, FP32
@@ -58,6 +58,34 @@ def test_router_counts_its_parameters(spec):
     assert spec.cost(WIDTH, 7, AT).params == count(on_meta(lambda: spec.build(WIDTH, 7)))
 
 
+MIXTURES = [
+    pytest.param(width.replace(router=router), id=f"{name(router)}-{width.kind}")
+    for router in examples(ROUTING)
+    for width in (Experts(experts=8, hidden=5, shared=3), LatentExperts(experts=8, hidden=5, latent=4))
+]
+"""Every router in either width."""
+
+
+@pytest.mark.parametrize("spec", MIXTURES)
+def test_cost_of_a_mixture_counts_its_parameters(spec):
+    module = on_meta(lambda: spec.build(WIDTH, FP32()))
+    assert spec.cost(WIDTH, AT).params == count(module)
+    assert spec.cost(WIDTH, AT).active_params < count(module)
+
+
+@pytest.mark.parametrize("spec", MIXTURES)
+def test_cost_of_a_mixture_counts_its_products(spec, monkeypatch):
+    """Of the copies that were sent; in evaluation, where a router draws nothing."""
+    monkeypatch.setattr("sextant.axes.capacity.stack.LITTLE", 0)
+    module, x_TD = spec.build(WIDTH, FP32()).eval(), torch.randn(AT.tokens, WIDTH)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        _, routing = module(x_TD, Stream.of_lengths([AT.tokens]))
+    assert int(routing.counts_E().sum()) == AT.tokens * spec.router.top_k
+    assert spec.cost(WIDTH, AT).flops * AT.tokens == pytest.approx(counter.get_total_flops(), rel=1e-12)
+
+
 @pytest.mark.parametrize("spec", params(examples(ATTENTION)))
 def test_pattern_counts_its_parameters(spec):
     if isinstance(spec, Mixer):
@@ -74,8 +102,8 @@ def test_active_parameters_are_those_a_token_meets(spec):
         nn.init.normal_(parameter)
     module(torch.randn(1, WIDTH), Stream.of_lengths([1]))[0].square().sum().backward()
     met = 0
-    for name, parameter in module.named_parameters():
-        stacked = name.endswith(("_EDF", "_EFD"))
+    for own, parameter in module.named_parameters():
+        stacked = own.endswith(("_EDF", "_EFD"))
         parts = parameter.grad if stacked else [parameter.grad]
         met += sum(part.numel() for part in parts if (part != 0).any())
     assert spec.cost(WIDTH, AT).active_params == met
@@ -104,7 +132,7 @@ MODELS += [pytest.param(spec, id=name) for name, spec in TWINS.items()]
 
 @pytest.mark.parametrize("spec", MODELS)
 def test_model_counts_its_parameters(spec):
-    assert spec.cost(AT).params == count(spec.build(device="meta"))
+    assert spec.training_cost(AT).params == count(spec.build(device="meta"))
 
 
 COUNTABLE = [
