@@ -262,6 +262,25 @@ def test_products_are_those_of_the_cost(spec, training):
     assert counter.get_total_flops() == TOKENS * spec.cost(WIDTH, EXPERTS, At(TOKENS)).flops
 
 
+@ROUTERS
+def test_what_is_kept_for_backward_is_as_declared(spec):
+    """The record, and what autograd saves, within a sixth for many experts: no order of all beside it."""
+    router, x_TD, kept = built(spec, experts=48, training=True).float(), rows(64).float().requires_grad_(), {}
+    theirs = {tensor.untyped_storage().data_ptr() for tensor in (x_TD, *router.parameters())}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()  # held, so that no address comes twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        routing = router(x_TD)
+    for tensor in (routing.logits_TE, routing.probs_TE, routing.experts_TA, routing.gates_TA):
+        keep(tensor)
+    measured = sum(storage.nbytes() for address, storage in kept.items() if address not in theirs)
+    chosen = 0 if spec.places(48) == 48 else 24 * spec.top_k  # the layer of experts declares those of the few
+    assert 64 * (spec.cost(WIDTH, 48, At(64)).activation_bytes + chosen) == pytest.approx(measured, rel=1 / 6)
+
+
 def test_dropless_admits_everything_however_uneven():
     x_TD = rows(1).expand(50, -1)
     routing = route(SoftmaxTopK(top_k=2), x_TD)

@@ -136,7 +136,8 @@ class RouterModule(nn.Module):
 
 def best(scores_TE: Tensor, count: int) -> Tensor:
     """int64 ``[T, A]``: the experts with the largest scores, best first; a tie goes to the lower number."""
-    return scores_TE.detach().sort(dim=-1, descending=True, stable=True).indices[:, :count]
+    order_TE = scores_TE.detach().sort(dim=-1, descending=True, stable=True).indices
+    return order_TE[:, :count].contiguous()  # a view would keep the order of all for backward
 
 
 class Stack(Protocol):

@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from sextant.axes.routing.base import Router, RouterModule, Routing, best
+from sextant.core.cost import At, Cost
 
 
 class ExpertChoice(Router):
@@ -28,6 +29,10 @@ class ExpertChoice(Router):
 
     def places(self, experts: int) -> int:
         return experts
+
+    def cost(self, width: int, experts: int, at: At) -> Cost:
+        """Expert, gate and whether it took the token, for every expert."""
+        return super().cost(width, experts, at) + Cost(activation_bytes=13 * experts)
 
 
 class ExpertChoiceRouter(RouterModule):

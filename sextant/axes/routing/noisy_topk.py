@@ -32,7 +32,7 @@ class NoisyTopK(Router):
 
     def cost(self, width: int, experts: int, at: At) -> Cost:
         """Two matrices; draws, their sizes and the chances are kept besides."""
-        noise = Cost.of_matrix(width, experts, at, keep_input=False) + Cost(activation_bytes=16 * experts)
+        noise = Cost.of_matrix(width, experts, at, keep_input=False) + Cost(activation_bytes=28 * experts)
         return super().cost(width, experts, at) + noise
 
 
@@ -50,19 +50,18 @@ class NoisyRouter(RouterModule):
         clean_TE = self.logits(x_TD)
         size_TE = F.softplus(F.linear(x_TD.to(self.noise.dtype), self.noise)) + self.spec.floor
         logits_TE = clean_TE + torch.randn_like(clean_TE) * size_TE if self.training else clean_TE
-        order_TE = best(logits_TE, logits_TE.shape[1])
-        experts_TA = order_TE[:, : self.spec.top_k] if chosen_TA is None else chosen_TA
+        own_TA = best(logits_TE, self.spec.top_k)
+        experts_TA = own_TA if chosen_TA is None else chosen_TA
         gates_TA = logits_TE.gather(1, experts_TA).softmax(-1)
-        load_TE = self._chances(clean_TE, logits_TE, size_TE, order_TE)
+        load_TE = self._chances(clean_TE, logits_TE, size_TE, own_TA)
         return Routing(logits_TE, logits_TE.softmax(-1), experts_TA, gates_TA, load_TE=load_TE)
 
-    def _chances(self, clean_TE: Tensor, noisy_TE: Tensor, size_TE: Tensor, order_TE: Tensor) -> Tensor:
+    def _chances(self, clean_TE: Tensor, noisy_TE: Tensor, size_TE: Tensor, own_TA: Tensor) -> Tensor:
         """``P(x, i)``: to stay among the A best with this token's other draws as they are."""
-        kept = self.spec.top_k
-        if kept == clean_TE.shape[1]:
+        if self.spec.top_k == clean_TE.shape[1]:
             return torch.ones_like(clean_TE)
-        is_in_TE = torch.zeros_like(clean_TE, dtype=torch.bool).scatter(1, order_TE[:, :kept], True)
-        # Without itself, one that is in has the next best as its rival, one that is out the last of those in.
-        last_in, first_out = noisy_TE.gather(1, order_TE[:, kept - 1 : kept + 1]).split(1, dim=1)
-        rival_TE = torch.where(is_in_TE, first_out, last_in)
+        is_in_TE = torch.zeros_like(clean_TE, dtype=torch.bool).scatter(1, own_TA, True)
+        # Without itself, one that is in has the best of those out as its rival, one that is out the last of those in.
+        first_out = noisy_TE.masked_fill(is_in_TE, -torch.inf).amax(-1, keepdim=True)
+        rival_TE = torch.where(is_in_TE, first_out, noisy_TE.gather(1, own_TA[:, -1:]))
         return torch.special.ndtr((clean_TE - rival_TE) / size_TE.clamp_min(torch.finfo(size_TE.dtype).tiny))

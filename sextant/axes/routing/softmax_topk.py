@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sextant.axes.routing.base import Routing
 from sextant.axes.routing.topk import TopK, TopKRouter, jittered
+from sextant.core.cost import At, Cost
 
 
 class SoftmaxTopK(TopK):
@@ -31,6 +32,11 @@ class SoftmaxTopK(TopK):
     def build(self, width: int, experts: int) -> SoftmaxRouter:
         return SoftmaxRouter(self, width, experts)
 
+    def cost(self, width: int, experts: int, at: At) -> Cost:
+        """With jitter the shaken row and its factors are kept besides."""
+        shaken = Cost(activation_bytes=8 * width if self.jitter else 0)
+        return super().cost(width, experts, at) + shaken
+
 
 class SoftmaxRouter(TopKRouter):
     """Chooses by logits, whose order is that of the probabilities with fewer ties, or by what bias and groups need."""
@@ -39,7 +45,7 @@ class SoftmaxRouter(TopKRouter):
 
     def forward(self, x_TD: Tensor, chosen_TA: Tensor | None = None) -> Routing:
         spec, noisy = self.spec, self.training and self.spec.jitter > 0
-        logits_TE = self.logits(jittered(x_TD, spec.jitter) if noisy else x_TD)
+        logits_TE = self.logits(jittered(x_TD.to(self.weight.dtype), spec.jitter) if noisy else x_TD)
         probs_TE = logits_TE.softmax(-1)
         scores_TE = probs_TE if spec.bias or spec.groups else logits_TE
         experts_TA = self.choose(scores_TE) if chosen_TA is None else chosen_TA

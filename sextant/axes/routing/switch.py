@@ -12,6 +12,7 @@ from pydantic import Field
 
 from sextant.axes.routing.base import Router
 from sextant.axes.routing.softmax_topk import SoftmaxRouter, SoftmaxTopK
+from sextant.core.cost import At, Cost
 
 
 class Switch(Router):
@@ -22,4 +23,10 @@ class Switch(Router):
     jitter: float = Field(default=1e-2, ge=0, lt=1)
 
     def build(self, width: int, experts: int) -> SoftmaxRouter:
-        return SoftmaxTopK(top_k=1, jitter=self.jitter).build(width, experts)
+        return self._softmax().build(width, experts)
+
+    def cost(self, width: int, experts: int, at: At) -> Cost:
+        return self._softmax().cost(width, experts, at)
+
+    def _softmax(self) -> SoftmaxTopK:
+        return SoftmaxTopK(top_k=1, jitter=self.jitter)
