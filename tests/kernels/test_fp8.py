@@ -22,17 +22,17 @@ from sextant.kernels.fp8 import (
     tiles,
     whole,
 )
-from sextant.kernels.fp8.formats import spacing
 
-BITS = {"e4m3": (4, 3, 7), "e5m2": (5, 2, 15)}
+BITS = {"e4m3": (3, 7), "e5m2": (2, 15)}
+"""Digits of the mantissa, and the bias of the exponent."""
 FORMATS = [pytest.param(form, id=form.name) for form in (E4M3, E5M2)]
 
 
 class Scalar:
-    """One format by its definition: every finite value by its code, and rounding to the nearest of them, ties to even."""
+    """One format by its definition: every finite value by its code; rounding to the nearest of them, ties to even."""
 
     def __init__(self, form):
-        exponent, self.mantissa, self.bias = BITS[form.name]
+        self.mantissa, self.bias = BITS[form.name]
         codes = range(127 if form is E4M3 else 124)  # what follows is NaN in E4M3, infinity and NaN in E5M2
         self.values = [self.value(code) for code in codes]
         self.nan = 0x7F
@@ -94,7 +94,6 @@ def test_declared_limits_are_those_of_the_format(form):
     values = Scalar(form).values
     assert form.max == values[-1] == torch.finfo(form.dtype).max
     assert form.min_subnormal == values[1] and form.min_normal == torch.finfo(form.dtype).smallest_normal
-    assert all(spacing(value, form) == after - value for value, after in zip(values[:-1], values[1:], strict=True))
 
 
 @pytest.mark.parametrize(("form", "digits"), [(E4M3, 4), (E5M2, 3)], ids=["e4m3", "e5m2"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -53,9 +52,3 @@ def saturate(x: Tensor, form: Format) -> tuple[Tensor, Tensor]:
 def quantise(x: Tensor, scale: Tensor | float, form: Format) -> tuple[Tensor, Tensor]:
     """``x * scale`` as fp8, and how many values saturated; the product is formed in fp32."""
     return saturate(x.float() * scale, form)
-
-
-def spacing(value: float, form: Format) -> float:
-    """Distance of neighbours at ``value``: what rounding may be off by is half of it."""
-    digits = {"e4m3": 3, "e5m2": 2}[form.name]
-    return math.ldexp(1.0, math.frexp(max(abs(value), form.min_normal))[1] - 1 - digits)
