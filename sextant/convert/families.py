@@ -319,9 +319,13 @@ def _groups(fields: Fields, score: Literal["max", "top2"]) -> Groups | None:
     return Groups(count=count, kept=kept, score=score) if count > 1 else None
 
 
+MODULES = ("num_nextn_predict_layers", "num_mtp_layers")
+"""How many prediction modules there are, by either name."""
+
+
 def _deepseek_v3(fields: Fields, name: str) -> ModelSpec:
-    """Its prediction modules are not part of the model here, nor in transformers' forward."""
-    for modules in ("num_mtp_layers", "num_nextn_predict_layers"):
+    """Its prediction modules are asked for apart: transformers tells of them, but neither runs nor saves any."""
+    for modules in MODULES:
         fields.left.pop(modules, None)
     return _deepseek(fields, name)
 
@@ -332,6 +336,8 @@ INDEXED = ("indexed_attention", "deepseek_sparse_attention")
 
 def _deepseek_v32(fields: Fields, name: str) -> ModelSpec:
     """V3 with an indexer in every layer, whose rotary channels are as many as the main attention's."""
+    for modules in MODULES:
+        fields.left.pop(modules, None)
     if kinds := fields.take("layer_types", list):
         fields.left["layer_types"] = [INDEXED[0] if kind in INDEXED else kind for kind in kinds]
     fields.only(layer_types=[INDEXED[0]] * fields.left.get("num_hidden_layers", 0))

@@ -6,6 +6,7 @@ refused by name; a field that nobody here has heard of is refused too, because i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,21 +15,23 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from sextant.axes.routing import SelectionBias
-from sextant.convert.families import DEFAULTS, READERS
+from sextant.convert.families import DEFAULTS, MODULES, READERS
 from sextant.convert.fields import Fields
 from sextant.convert.maps import Link, links
 from sextant.core.errors import CheckpointError, UsageError, nearest
 from sextant.core.spec import explain
+from sextant.model.mtp import MTP
 from sextant.model.spec import ModelSpec
 from sextant.model.transformer import Transformer
 
 
-def spec_from_hf(config: Mapping[str, Any], name: str | None = None) -> ModelSpec:
+def spec_from_hf(config: Mapping[str, Any], name: str | None = None, mtp: bool = False) -> ModelSpec:
     """The declaration of the model that a ``config.json`` describes.
 
     Args:
         config: its contents, of any transformers 4 or 5.
         name: of the model; by default the name it was saved under, or its family.
+        mtp: with the prediction modules that the file tells of, whose tensors transformers leaves out when it saves.
 
     Raises:
         UsageError: unknown ``model_type``, or a field that is missing, unknown or unsupported, by name.
@@ -43,7 +46,14 @@ def spec_from_hf(config: Mapping[str, Any], name: str | None = None) -> ModelSpe
     except ValidationError as error:
         raise explain(error, {}, "config.json:") from None
     fields.done()
-    return spec
+    return _with_modules(spec, config) if mtp else spec
+
+
+def _with_modules(spec: ModelSpec, config: Mapping[str, Any]) -> ModelSpec:
+    depth = next((config[name] for name in MODULES if config.get(name)), 0)
+    if not depth:
+        raise UsageError("no prediction modules in a model configuration", where=f"config.json: {MODULES[0]}")
+    return spec.replace(mtp=MTP(depth=depth))
 
 
 LEFTOVERS = (
@@ -70,7 +80,7 @@ def import_weights(model: Transformer, tensors: Mapping[str, Tensor], family: st
     if any(tensor.is_meta for tensor in ours.values()):
         raise UsageError("cannot import into a model without memory", got="device meta", fix="Build it on cpu")
     plan = list(links(family, {name: tensor.shape for name, tensor in ours.items()}))
-    problems = list(_problems(plan, tensors))
+    problems = list(_problems(plan, tensors, LEFTOVERS, _unused(model, tensors)))
     if problems:
         what = f"{len(problems)} tensors do not fit this {family} model"
         raise CheckpointError(what, where="; ".join(problems[:5]), fix="Use the config.json that came with the tensors")
@@ -79,7 +89,10 @@ def import_weights(model: Transformer, tensors: Mapping[str, Tensor], family: st
             ours[name].copy_(tensor)
 
 
-def _problems(plan: list[Link], tensors: Mapping[str, Tensor]) -> Iterator[str]:
+def _problems(
+    plan: list[Link], tensors: Mapping[str, Tensor], endings: tuple[str, ...], starts: tuple[str, ...]
+) -> Iterator[str]:
+    """Names with one of these endings or starts may be there."""
     expected = {name: shape for link in plan for name, shape in link.shapes.items()}
     for name, shape in expected.items():
         if name not in tensors:
@@ -89,14 +102,29 @@ def _problems(plan: list[Link], tensors: Mapping[str, Tensor]) -> Iterator[str]:
         elif not tensors[name].is_floating_point():
             yield f"{name} got {tensors[name].dtype}, expected a floating dtype"
     for name in tensors:
-        if name not in expected and not name.endswith(LEFTOVERS) and not _repeats_embedding(name, tensors):
+        known = name in expected or name.endswith(endings) or name.startswith(starts)
+        if not known and not _repeats(name, tensors):
             yield f"{name} got {list(tensors[name].shape)}, expected nothing"
 
 
-def _repeats_embedding(name: str, tensors: Mapping[str, Tensor]) -> bool:
-    """Some files of tied models hold the one matrix twice; two that differ are not tied."""
-    embedding = tensors.get("model.embed_tokens.weight")
-    return name == "lm_head.weight" and embedding is not None and torch.equal(tensors[name], embedding)
+_COPIES = {
+    r"lm_head\.weight": "model.embed_tokens.weight",
+    r"model\.layers\.\d+\.embed_tokens\.weight": "model.embed_tokens.weight",
+    r"model\.layers\.\d+\.shared_head\.head\.weight": "lm_head.weight",
+}
+"""Tensors that some files hold twice: the one matrix of tied models, and both again for each prediction module."""
+
+
+def _repeats(name: str, tensors: Mapping[str, Tensor]) -> bool:
+    """Two that differ are not the same matrix."""
+    original = next((tensors.get(first) for pattern, first in _COPIES.items() if re.fullmatch(pattern, name)), None)
+    return original is not None and torch.equal(tensors[name], original)
+
+
+def _unused(model: Transformer, tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """How names of prediction modules begin, for a model without any: a file with them holds the model too."""
+    marks = (re.fullmatch(r"(model\.layers\.\d+\.)eh_proj\.weight", name) for name in tensors)
+    return tuple(mark[1] for mark in marks if mark) if model.spec.mtp is None else ()
 
 
 def export_weights(model: Transformer, family: str) -> dict[str, Tensor]:

@@ -210,6 +210,13 @@ DBRX = (  # queries, keys and values as one; every matrix of the experts as one 
     Row("blocks.{i}.feed_forward.experts.down_EFD", f"{_DBRX}.ffn.experts.mlp.w2", TALL),
 )
 
+MODULES = (  # DeepSeek-V3's: layers past the last, whose blocks are as all others
+    Row("mtp.{i}.embedding_norm.gain", "model.layers.{i}.enorm.weight"),
+    Row("mtp.{i}.hidden_norm.gain", "model.layers.{i}.hnorm.weight"),
+    Row("mtp.{i}.project.weight", "model.layers.{i}.eh_proj.weight"),
+    Row("mtp.{i}.norm.gain", "model.layers.{i}.shared_head.norm.weight"),
+)
+
 FAMILIES: dict[str, tuple[Row, ...]] = {
     "llama": ENDS + ATTENTION + PRE_NORMS + DENSE,
     "mistral": ENDS + ATTENTION + PRE_NORMS + DENSE,
@@ -218,8 +225,10 @@ FAMILIES: dict[str, tuple[Row, ...]] = {
     "qwen3_moe": ENDS + ATTENTION + QK_NORMS + PRE_NORMS + DENSE + FINE_EXPERTS,
     "dbrx": DBRX,
     "deepseek_v2": ENDS + MLA + PRE_NORMS + DENSE + FINE_EXPERTS + SHARED_EXPERTS,
-    "deepseek_v3": ENDS + MLA + PRE_NORMS + DENSE + FINE_EXPERTS + SHARED_EXPERTS + SELECTION_BIAS,
-    "deepseek_v32": ENDS + MLA + INDEXER + PRE_NORMS + DENSE + FINE_EXPERTS + SHARED_EXPERTS + SELECTION_BIAS,
+    "deepseek_v3": ENDS + MLA + PRE_NORMS + DENSE + FINE_EXPERTS + SHARED_EXPERTS + SELECTION_BIAS + MODULES,
+    "deepseek_v32": (
+        ENDS + MLA + INDEXER + PRE_NORMS + DENSE + FINE_EXPERTS + SHARED_EXPERTS + SELECTION_BIAS + MODULES
+    ),
     "minimax": ENDS + ATTENTION + LIGHTNING + PRE_NORMS + EXPERTS,
     "minimax_text_01": ENDS + ATTENTION + LIGHTNING + PRE_NORMS + EXPERTS,
     "minimax_m1": ENDS + ATTENTION + LIGHTNING + PRE_NORMS + EXPERTS,
@@ -272,17 +281,33 @@ def links(family: str, shapes: Mapping[str, torch.Size]) -> Iterator[Link]:
         UsageError: unknown family, or a parameter that the family does not have.
     """
     rows = {name: row for row in family_map(family) for name in row.our_names}
+    layers = 1 + max((int(name.split(".")[1]) for name in shapes if name.startswith("blocks.")), default=-1)
     for name in shapes:
-        pattern = re.sub(r"^blocks\.\d+\.", "blocks.{i}.", name)
+        owner, pattern = _place(name)
         if pattern not in rows:
             fix = "Export it as another family, or change the declaration"
             raise UsageError(f"the {family} family has no such parameter", where=name, fix=fix)
         if pattern == rows[pattern].our_names[0]:
-            yield _link(rows[pattern], name.split(".")[1], shapes)
+            number = int(owner.split(".")[1]) if owner else 0
+            yield _link(rows[pattern], owner, number + layers if owner.startswith("mtp") else number, shapes)
 
 
-def _link(row: Row, layer: str, shapes: Mapping[str, torch.Size]) -> Link:
-    ours = {name: shapes[name] for name in (pattern.format(i=layer) for pattern in row.our_names)}
+_OWNER = re.compile(r"blocks\.\d+|mtp\.\d+\.block(?=\.)|mtp\.\d+")
+
+
+def _place(name: str) -> tuple[str, str]:
+    """The layer or prediction module that a parameter is of, and its pattern: a module's block is a block."""
+    match = _OWNER.match(name)
+    if match is None:
+        return "", name
+    kind = "mtp" if re.fullmatch(r"mtp\.\d+", match[0]) else "blocks"
+    return match[0], f"{kind}.{{i}}{name.removeprefix(match[0])}"
+
+
+def _link(row: Row, owner: str, layer: int, shapes: Mapping[str, torch.Size]) -> Link:
+    """``owner`` says where on our side, ``layer`` is the number on theirs."""
+    names = (re.sub(r"^(blocks|mtp)\.\{i\}", owner, pattern) for pattern in row.our_names)
+    ours = {name: shapes[name] for name in names}
     first = next(iter(ours.values()))
     whole = torch.Size([sum(shape[0] for shape in ours.values()), *first[1:]])
     experts = range(first[0] if row.move is STACK else 1)
