@@ -1,7 +1,8 @@
 """Optimisers over parameter roles: AdamW, and Muon for hidden matrices with AdamW for the rest.
 
 Gains and biases are never decayed: a decayed zero gain would stay biased towards zero. Other decays may differ by
-role (MAI-Base-1 decays attention by 0.01 and embeddings by 0.005 where the rest gets 0.1).
+role (MAI-Base-1 decays attention by 0.01 and embeddings by 0.005 where the rest gets 0.1). The model's start may ask for
+other rates by matrix (muP); every rate and decay is multiplied by what its table says.
 """
 
 from __future__ import annotations
@@ -15,9 +16,13 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from sextant.axes.stability import Role, roles
+from sextant.axes.stability.init import Rule
 from sextant.core.errors import CheckpointError, UsageError
 from sextant.core.spec import Spec
+from sextant.model.transformer import Transformer
 
+AS_DECLARED = Rule(std=0.0)
+"""Of parameters that are not in the table: rate and decay as the optimiser declares them."""
 _PLAIN = (Role.GAIN, Role.BIAS)
 _ORTHOGONAL = (Role.ATTENTION_IN, Role.ATTENTION_OUT, Role.FF_IN, Role.FF_OUT)
 
@@ -47,12 +52,12 @@ class AdamW(Spec):
     eps: float = Field(default=1e-8, gt=0)
     decay: Decay = Decay()
 
-    def build(self, model: nn.Module) -> Optimiser:
-        return Optimiser([self.adam(learning(model), roles(model))], model)
+    def build(self, model: Transformer) -> Optimiser:
+        return Optimiser([self.adam(learning(model), model)], model)
 
-    def adam(self, named: dict[str, nn.Parameter], by_role: dict[str, Role]) -> torch.optim.Optimizer:
-        """torch's AdamW over these parameters, one group per decay."""
-        groups = _by_decay(named, by_role, self.decay)
+    def adam(self, named: dict[str, nn.Parameter], model: Transformer) -> torch.optim.Optimizer:
+        """torch's AdamW over these parameters of a model, one group per decay and rate."""
+        groups = _grouped(named, model, self.decay, self.lr)
         return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=True)
 
 
@@ -68,17 +73,17 @@ class Muon(Spec):
     momentum: float = Field(default=0.95, ge=0, lt=1)
     adamw: AdamW = AdamW()
 
-    def build(self, model: nn.Module) -> Optimiser:
+    def build(self, model: Transformer) -> Optimiser:
         by_role, named = roles(model), learning(model)
         ours = {n: p for n, p in named.items() if p.ndim == 2 and by_role[n] in _ORTHOGONAL}
         rest = {n: p for n, p in named.items() if n not in ours}
         muon = torch.optim.Muon(
-            _by_decay(ours, by_role, self.adamw.decay),
+            _grouped(ours, model, self.adamw.decay, self.lr),
             lr=self.lr,
             momentum=self.momentum,
             adjust_lr_fn="match_rms_adamw",
         )
-        return Optimiser([muon, self.adamw.adam(rest, by_role)], model)
+        return Optimiser([muon, self.adamw.adam(rest, model)], model)
 
 
 AnyOptimiser = Annotated[AdamW | Muon, Field(discriminator="kind")]
@@ -107,11 +112,14 @@ def train_only(model: nn.Module, names: str) -> int:
     return count
 
 
-def _by_decay(named: dict[str, nn.Parameter], by_role: dict[str, Role], decay: Decay) -> list[dict[str, Any]]:
-    groups: dict[float, list[nn.Parameter]] = defaultdict(list)
+def _grouped(named: dict[str, nn.Parameter], model: Transformer, decay: Decay, lr: float) -> list[dict[str, Any]]:
+    """One group per decay and rate: the declared ones, times what the model's table says of the matrix."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
+    by_role, table = roles(model), model.init_table
     for name, parameter in named.items():
-        groups[decay.of(by_role[name])].append(parameter)
-    return [{"params": params, "weight_decay": value} for value, params in groups.items()]
+        rule = table[name][0].rule if table[name] else AS_DECLARED
+        groups[decay.of(by_role[name]) * rule.decay, lr * rule.rate].append(parameter)
+    return [{"params": params, "weight_decay": value, "lr": rate} for (value, rate), params in groups.items()]
 
 
 class Optimiser:

@@ -193,14 +193,21 @@ def _matrices(
 @torch.no_grad()
 def initialise(model: nn.Module, entries: InitTable, generator: torch.Generator) -> None:
     """Fill every parameter of a built model, in the order of its names."""
+    for name, parameter in model.named_parameters():
+        if entries[name]:
+            parameter.normal_(generator=generator)
+        for part in entries[name]:
+            part.view.mul_(part.rule.std)
+    settle(model)
+
+
+@torch.no_grad()
+def settle(model: nn.Module) -> None:
+    """Set what is not drawn: biases to 0, and what modules and branches say of their own."""
     by_role = roles(model)
     for name, parameter in model.named_parameters():
         if by_role[name] is Role.BIAS:
             parameter.zero_()
-        elif entries[name]:
-            parameter.normal_(generator=generator)
-        for part in entries[name]:
-            part.view.mul_(part.rule.std)
     for module in model.modules():
         if hasattr(module, "fill"):
             module.fill(1.0)  # type: ignore[operator]
