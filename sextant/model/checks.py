@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from functools import wraps
 
 from sextant.axes.attention import Pattern, Window
 from sextant.axes.capacity import Experts
-from sextant.axes.kv import ALiBi
-from sextant.axes.stability import SandwichNorm
+from sextant.axes.kv import GQA, ALiBi
+from sextant.axes.stability import MuPInit, SandwichNorm
 from sextant.core.errors import UsageError
 from sextant.model.spec import Layer, ModelSpec
 
@@ -79,10 +80,23 @@ def balance_meets_router(layer: Layer, model: ModelSpec) -> Iterator[Problem]:
                 yield f"feed_forward.balance[{place}]", what, fix
 
 
+@_each_layer
+def mup_scales_scores(layer: Layer, model: ModelSpec) -> Iterator[Problem]:
+    """Wider heads under muP: a score sums K products that training aligns, so it is divided by K, not by its root."""
+    if not isinstance(model.init, MuPInit) or model.init.base_head_dim is None or layer.kv is None:
+        return
+    k_dim = layer.kv.shape[2]
+    scale, wanted = getattr(layer.kv, "scale", None) or k_dim**-0.5, model.init.score_scale(k_dim)
+    if not math.isclose(scale, wanted, rel_tol=1e-3):
+        fix = f"Set kv.scale={wanted:.4g}" if isinstance(layer.kv, GQA) else "Keep the width of heads and leave it out"
+        yield "kv.scale", f"init.base_head_dim asks for scores times {wanted:.4g}, not {scale:.4g}", fix
+
+
 RULES: tuple[Callable[[ModelSpec], Iterator[Problem]], ...] = (
     sinks_need_order,
     window_within_context,
     zero_gain_keeps_a_path,
     pattern_meets_kv,
     balance_meets_router,
+    mup_scales_scores,
 )

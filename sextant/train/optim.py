@@ -1,8 +1,8 @@
 """Optimisers over parameter roles: AdamW, and Muon for hidden matrices with AdamW for the rest.
 
 Gains and biases are never decayed: a decayed zero gain would stay biased towards zero. Other decays may differ by
-role (MAI-Base-1 decays attention by 0.01 and embeddings by 0.005 where the rest gets 0.1). The model's start may ask for
-other rates by matrix (muP); every rate and decay is multiplied by what its table says.
+role (MAI-Base-1 decays attention by 0.01 and embeddings by 0.005 where the rest gets 0.1). The model's start may ask
+for other rates by matrix (muP); every rate and decay is multiplied by what its table says.
 """
 
 from __future__ import annotations

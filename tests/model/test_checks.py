@@ -26,12 +26,13 @@ from sextant.axes.attention import (
 from sextant.axes.attention.seer import Budget
 from sextant.axes.capacity import Dense
 from sextant.axes.kv import GQA, MLA, ALiBi, NoPE
-from sextant.axes.stability import SandwichNorm
+from sextant.axes.stability import MuPInit, SandwichNorm
 from sextant.core.errors import UsageError
 from sextant.model.checks import RULES, check
 from sextant.model.spec import Layer
 
 GOOD = Layer(kv=GQA(heads=4, kv_heads=2, head_dim=8), feed_forward=Dense(hidden=8))
+WIDER = MuPInit(base_width=10, base_head_dim=8)
 BROKEN = {
     "sinks_need_order": (
         GOOD.replace(attention=Window(window=4, sinks=2), kv=GOOD.kv.replace(position=ALiBi())),
@@ -49,6 +50,10 @@ BROKEN = {
         GOOD.replace(residual=SandwichNorm(attention_gain=-0.5)),
         ["model.layers[1].residual.attention_gain", "negative", "Use 0 (off at start) or 1"],
     ),
+    "mup_scales_scores": (
+        GOOD.replace(kv=GOOD.kv.replace(head_dim=32)),
+        ["model.layers[1].kv.scale", "scores times 0.08839, not 0.1768", "Set kv.scale=0.08839"],
+    ),
 }
 
 
@@ -59,7 +64,7 @@ def test_every_rule_has_a_case():
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
 def test_broken_rule_is_refused_by_name(rule):
     layer, words = BROKEN[rule.__name__]
-    spec = model_spec(GOOD, layer)
+    spec = model_spec(GOOD, layer, **({"init": WIDER} if rule.__name__.startswith("mup") else {}))
     with pytest.raises(UsageError) as caught:
         check(spec)
     line = str(caught.value)

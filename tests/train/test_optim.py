@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sextant import recipes
-from sextant.axes.stability import Role, roles
+from sextant.axes.stability import MuPInit, Role, roles
 from sextant.core.errors import CheckpointError
 from sextant.train.optim import AdamW, Decay, Muon
 
@@ -75,3 +75,37 @@ def test_state_round_trips_by_name(spec, model):
 def test_state_of_an_unknown_parameter_is_refused(model):
     with pytest.raises(CheckpointError, match=r"unknown parameter: nowhere\.weight"):
         AdamW().build(model).load({"nowhere.weight.exp_avg": torch.ones(2)})
+
+
+def mup_twin(width: int):
+    model = recipes.get("mixtral-8x7b").twin().model
+    return model.replace(width=width, init=MuPInit(base_width=32)).build(seed=0)
+
+
+@pytest.mark.parametrize("spec", [AdamW(lr=0.01, decay=Decay(default=0.1)), Muon(lr=0.02)])
+def test_mup_rates_and_decays_by_role(spec):
+    """Rate over r and decay times r for what grows with the width; everything else as declared."""
+    model = mup_twin(128)
+    for name, (part, group) in groups(spec.build(model), model).items():
+        role = roles(model)[name]
+        plain = role in (Role.EMBEDDING, Role.HEAD, Role.GAIN, Role.BIAS)
+        peak = spec.lr if isinstance(part, torch.optim.Muon) or isinstance(spec, AdamW) else spec.adamw.lr
+        assert group["lr"] == pytest.approx(peak if plain else peak / 4), name
+        decay = 0.0 if role in (Role.GAIN, Role.BIAS) else 0.1
+        assert group["weight_decay"] == pytest.approx(decay if plain else 4 * decay), name
+
+
+def test_mup_steps_are_scaled_and_so_is_the_schedule():
+    model = mup_twin(128)
+    hidden, plain = "blocks.0.attention.kv.q.weight", "head.weight"
+    before = {name: model.get_parameter(name).detach().clone() for name in (hidden, plain)}
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    AdamW(lr=0.01, decay=Decay(default=0.0)).build(model).step(0.5)
+    moved = {name: (model.get_parameter(name).detach() - was).abs().mean().item() for name, was in before.items()}
+    assert moved[plain] == pytest.approx(0.005, rel=1e-3)
+    assert moved[hidden] == pytest.approx(0.00125, rel=1e-3)
+
+
+def test_plain_starts_have_the_declared_rates(model):
+    assert {group["lr"] for _, group in groups(AdamW(lr=0.01).build(model), model).values()} == {0.01}

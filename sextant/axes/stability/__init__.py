@@ -75,7 +75,7 @@ INITS = Table(
         ),
         Row(
             MuPInit, "variance and rate over the width, so that a small model's settings carry over", "2203.03466",
-            (MuPInit(base_width=32), MuPInit(base_width=8, base_head_dim=4)),
+            (MuPInit(base_width=32), MuPInit(base_width=8, base_head_dim=4, head_std=0.0)),
         ),
     ),
 )

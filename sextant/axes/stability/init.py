@@ -135,13 +135,17 @@ class MuPInit(Init):
     Attributes:
         base_width: D of the model whose settings are carried over.
         base_head_dim: K of that model, where heads grow wider with D; None where K stays.
+        head_std: of an untied head; None is ``std``. 0 takes away what a random head adds at small widths only.
     """
 
     kind: Literal["mup"] = "mup"
     base_width: int = Field(ge=1)
     base_head_dim: int | None = Field(default=None, ge=1)
+    head_std: float | None = Field(default=None, ge=0)
 
     def rule(self, matrix: Matrix) -> Rule:
+        if matrix.role is Role.HEAD and self.head_std is not None:
+            return Rule(self.head_std)
         if matrix.role in (Role.EMBEDDING, Role.HEAD):
             return Rule(self.std)
         r = matrix.width / self.base_width
