@@ -1,8 +1,8 @@
 """Experts in rounds of at most so many rows, which keep nothing of a round for the backward (MAI-Base-1, 8.4).
 
 Rows go through an expert in tiles: products of one row count, whatever the load and the number of rounds, so that one
-round and many give the same bits. (A CPU's fp32 product has other bits for another row count, and for memory that
-starts elsewhere: hence the copy of each tile.) Weight gradients are added up tile by tile, in the order of rows.
+round and many give the same bits. (A CPU's fp32 product has other bits for another row count, and may have them for
+memory that is aligned otherwise: a tile has its own.) Weight gradients are added up tile by tile, in the order of rows.
 """
 
 from __future__ import annotations
