@@ -4,13 +4,13 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from cases import model_spec, random_tokens
+from cases import model_spec, params, random_tokens
 from torch import Tensor, nn
 
 from sextant.axes.capacity import Dense, Experts
 from sextant.axes.capacity.stack import ExpertStack
 from sextant.axes.kv import GQA
-from sextant.axes.numerics import BF16, FP32, FP32_PATHS
+from sextant.axes.numerics import BF16, FP32, FP32_PATHS, FP8Blocks, FP8Delayed
 from sextant.axes.routing import Routing
 from sextant.axes.stability import Linear, NormalInit, RMSNorm, SandwichNorm
 from sextant.axes.stability.norm import RMSNormModule
@@ -111,23 +111,61 @@ def score_dtypes() -> set[torch.dtype]:
     return {torch.float32 if exact else torch.bfloat16}
 
 
-def test_every_fp32_path_is_fp32_in_a_bf16_step(monkeypatch):
+LOWERED = params([BF16(), FP8Delayed(), FP8Blocks()])
+
+
+@pytest.mark.parametrize("policy", LOWERED)
+def test_every_fp32_path_is_fp32_in_a_lowered_step(policy, monkeypatch):
     """The declared list and the watched list are the same list, so a new path needs a new look."""
-    seen = step(BF16(), monkeypatch)
+    seen = step(policy, monkeypatch)
     seen.paths["attention scores"] = score_dtypes()
     assert set(seen.paths) == set(FP32_PATHS)
     assert {path: dtypes for path, dtypes in seen.paths.items() if dtypes != {torch.float32}} == {}
 
 
-def test_products_run_in_the_compute_dtype(monkeypatch):
-    assert step(BF16(), monkeypatch).products == {torch.bfloat16}
+@pytest.mark.parametrize("policy", LOWERED)
+def test_products_run_in_the_compute_dtype(policy, monkeypatch):
+    assert step(policy, monkeypatch).products == {torch.bfloat16}
     assert step(FP32(), monkeypatch).products == {torch.float32}
 
 
-def test_bf16_loss_is_close_to_fp32(monkeypatch):
-    half, full = step(BF16(), monkeypatch).loss, step(FP32(), monkeypatch).loss
-    assert half == pytest.approx(full, rel=5e-3)
-    assert half != full
+@pytest.mark.parametrize("policy", LOWERED)
+def test_lowered_loss_is_close_to_fp32(policy, monkeypatch):
+    lowered, full = step(policy, monkeypatch).loss, step(FP32(), monkeypatch).loss
+    assert lowered == pytest.approx(full, rel=5e-3 if policy == BF16() else 1.5e-2)
+    assert lowered != full
+
+
+def operands(policy, monkeypatch: pytest.MonkeyPatch) -> set[tuple[str, str, str]]:
+    """Formats of both operands of every FP8 product of a step, and which kind of product it was."""
+    from sextant.axes.numerics import blocks, delayed
+
+    met = set()
+
+    def watched(where, product: str) -> None:
+        plain = getattr(where, product)
+
+        def look(left, right, *rest):
+            met.add((product, str(left.values.dtype)[6:], str(right.values.dtype)[6:]))
+            return plain(left, right, *rest)
+
+        monkeypatch.setattr(where, product, look)
+
+    watched(delayed, "rows_product")
+    watched(blocks, "rows_product")
+    watched(blocks, "columns_product")
+    step(policy, monkeypatch)
+    return met
+
+
+def test_formats_of_fp8_products(monkeypatch):
+    """MAI: E4M3 forward, E5M2 by E4M3 for the data gradient, no weight gradient. DeepSeek-V3: E4M3 for all three."""
+    e4m3, e5m2 = "float8_e4m3fn", "float8_e5m2"
+    assert operands(FP8Delayed(), monkeypatch) == {("rows_product", e4m3, e4m3), ("rows_product", e5m2, e4m3)}
+    both = {("rows_product", e4m3, e4m3), ("columns_product", e4m3, e4m3)}
+    assert operands(FP8Blocks(), monkeypatch) == both
+    assert operands(FP8Delayed(data_gradient="bf16"), monkeypatch) == {("rows_product", e4m3, e4m3)}
+    assert operands(BF16(), monkeypatch) == set()
 
 
 def test_final_rows_are_in_the_compute_dtype():
@@ -137,7 +175,7 @@ def test_final_rows_are_in_the_compute_dtype():
 
 
 def test_itemsize_and_memory_follow_the_policy():
-    for numerics, dtype in ((BF16(), torch.bfloat16), (FP32(), torch.float32)):
+    for numerics, dtype in ((BF16(), torch.bfloat16), (FP8Delayed(), torch.bfloat16), (FP32(), torch.float32)):
         model = SPEC.build(numerics)
         assert model.memory(1).layers[0].k.dtype == dtype
         assert numerics.itemsize == dtype.itemsize
