@@ -1,12 +1,13 @@
 """DeepSeek-V3 (2412.19437): V2's attention and experts, larger, with sigmoid routing that a bias balances.
 
 A token meets experts of four groups out of eight; the bias steers the choice and is moved after each step; a small loss
-keeps single sequences from going astray; one module predicts the token after next. Products are in bf16 here, where the
-paper's are in FP8.
+keeps single sequences from going astray; one module predicts the token after next. Products are in FP8, scaled by tile
+and block; the twin computes in fp32.
 """
 
 from __future__ import annotations
 
+from sextant.axes.numerics import FP8Blocks
 from sextant.axes.routing import Auxiliary, Bias, Groups, SigmoidTopK
 from sextant.model.mtp import MTP, LossWeight
 from sextant.recipes.base import paper_run, twin_run
@@ -36,7 +37,7 @@ def paper() -> Run:
     mtp = MTP(weight=LossWeight(first=0.3, later=0.1, until=steps_of(batch, STABLE_TOKENS) / steps))
     spec = model("deepseek-v3", 129_280, 7168, Shape(61, 3, 18_432, moe, mla(128, 1536))).replace(mtp=mtp)
     schedule = WSD(warmup=2000, decay=1 - STABLE_TOKENS / TOKENS)
-    return paper_run(spec, SEQ_LEN, AdamW(lr=2.2e-4), schedule, batch, steps)
+    return paper_run(spec, SEQ_LEN, AdamW(lr=2.2e-4), schedule, batch, steps).replace(numerics=FP8Blocks())
 
 
 def twin() -> Run:

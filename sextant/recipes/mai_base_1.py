@@ -2,7 +2,7 @@
 
 Five local layers to one global, positions by rotation in the local ones only, grouped heads with QK-norm, a dense
 feed-forward and a LatentMoE in turn, norms on both sides of every sublayer, and attention that starts switched off.
-One knob, the depth, gives the whole ladder. FP8 is not in this version: the paper's products run in bf16 here.
+One knob, the depth, gives the whole ladder. Products are in FP8 with delayed scaling; the twins compute in fp32.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from sextant.axes.attention import Full, Window
 from sextant.axes.capacity import Dense, LatentExperts
 from sextant.axes.kv import GQA, NoPE, RoPE
 from sextant.axes.kv.position import AnyPosition
+from sextant.axes.numerics import FP8Delayed
 from sextant.axes.routing import Auxiliary, SoftmaxTopK
 from sextant.axes.stability import NormalInit, RMSNorm, SandwichNorm
 from sextant.core.cost import At
@@ -70,7 +71,8 @@ def ladder(depth: int, round_to: int = 128) -> Run:
         ),
     )
     optimiser = AdamW(lr=2e-4, betas=(0.95, 0.925), decay=DECAY)
-    return paper_run(model, 16_384, optimiser, Cosine(warmup=90), Batch(rows=8192, micro_rows=1), steps=223_517)
+    run = paper_run(model, 16_384, optimiser, Cosine(warmup=90), Batch(rows=8192, micro_rows=1), steps=223_517)
+    return run.replace(numerics=FP8Delayed())
 
 
 def paper() -> Run:
