@@ -167,6 +167,7 @@ def _dbrx(fields: Fields, name: str) -> ModelSpec:
     """LayerNorm without bias, clipped projections, experts as tall matrices."""
     width, context, depth = fields.need("d_model"), fields.need("max_seq_len"), fields.need("n_layers")
     fields.only(resid_pdrop=0.0, emb_pdrop=0.0)
+    fields.left.pop("router_aux_loss_coef", None)  # in older files; the class reads ffn_config's
     norm = LayerNorm(eps=1e-5, bias=False)
     layers = stack(
         depth,

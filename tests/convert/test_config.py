@@ -14,7 +14,7 @@ from sextant.axes.kv import Llama3Scaling, RoPE
 from sextant.axes.routing import SoftmaxTopK
 from sextant.convert import spec_from_hf
 from sextant.core.errors import UsageError
-from sextant.recipes import gemma_3, llama_3_8b, mistral_7b, mixtral_8x7b
+from sextant.recipes import dbrx, gemma_3, llama_3_8b, mistral_7b, mixtral_8x7b
 
 COMMON = {"hidden_act": "silu", "initializer_range": 0.02, "use_cache": True, "tie_word_embeddings": False}
 MISTRAL_7B = COMMON | {
@@ -45,6 +45,18 @@ GEMMA_3_1B = {
     "rope_theta": 1000000, "sliding_window": 512, "sliding_window_pattern": 6, "torch_dtype": "bfloat16",
     "use_cache": True, "vocab_size": 262144,
 }
+DBRX = {
+    "architectures": ["DbrxForCausalLM"], "attn_config": {
+        "clip_qkv": 8, "kv_n_heads": 8, "model_type": "", "rope_theta": 500000,
+    },
+    "auto_map": {"AutoConfig": "configuration_dbrx.DbrxConfig"}, "d_model": 6144, "emb_pdrop": 0.0, "ffn_config": {
+        "ffn_hidden_size": 10752, "model_type": "", "moe_jitter_eps": 0.01, "moe_loss_weight": 0.05,
+        "moe_num_experts": 16, "moe_top_k": 4,
+    },
+    "initializer_range": 0.02, "max_seq_len": 32768, "model_type": "dbrx", "n_heads": 48, "n_layers": 40,
+    "output_router_logits": False, "resid_pdrop": 0.0, "router_aux_loss_coef": 0.05, "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16", "use_cache": True, "vocab_size": 100352,
+}
 PUBLISHED = {
     "mistral-7b": (MISTRAL_7B, mistral_7b.paper),
     "llama-3-8b": (LLAMA_3_8B, llama_3_8b.paper),
@@ -65,6 +77,15 @@ def test_published_mixtral_is_the_recipe_but_for_the_balance_coefficient():
     spec = spec_from_hf(MIXTRAL_8X7B, name="mixtral-8x7b")
     assert spec.override(ours) == mixtral_8x7b.paper().model.override(ours)
     assert spec.layers[0].feed_forward.balance[0].coef == pytest.approx(0.02 * 2 / 32)
+
+
+def test_published_dbrx_is_the_recipe_but_for_the_balance_coefficient():
+    """MegaBlocks, which trained it, divides by the experts met where transformers does not."""
+    ours, recipe = "layers[*].feed_forward.balance=[]", dbrx.paper().model
+    spec = spec_from_hf(DBRX, name="dbrx")
+    assert spec.override(ours) == recipe.override(ours)
+    coefs = [model.layers[0].feed_forward.balance[0].coef for model in (spec, recipe)]
+    assert coefs == pytest.approx([0.05 * 4 / 40, 0.05 / 40])
 
 
 def test_llama_3_1_in_the_older_spelling():

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from sextant.axes.attention import Full, Lightning
 from sextant.axes.kv import RoPE
 from sextant.axes.numerics import FP32
+from sextant.axes.routing import Auxiliary
 from sextant.axes.stability import DeepNorm
 from sextant.convert import export_weights, import_weights, spec_from_hf, to_disk
 from sextant.convert.hf import LEFTOVERS
@@ -128,6 +129,18 @@ def test_decay_tables_are_passed_over_and_nothing_else_is_lost(pair: Pair):
     back = export_weights(other, "minimax")
     assert back.keys() == parameters.keys()
     assert all(torch.equal(back[name], parameters[name]) for name in back)
+
+
+def test_balance_loss_of_each_layer(pair: Pair):
+    """Theirs is 2 (= experts met) times ours, whose shares of copies sum to 1."""
+    from transformers.models.minimax.modeling_minimax import load_balancing_loss_func
+
+    tokens_T, stream = tokens(2 * 31), Stream.of_lengths([31, 31])
+    for routing in pair.ours(tokens_T, stream).routings.values():
+        ours = Auxiliary(coef=1.0).loss(routing, stream, None, tokens_T.numel())
+        logits_TE = routing.logits_TE.detach()
+        assert 2 * ours.item() == pytest.approx(load_balancing_loss_func((logits_TE,), 5, 2).item(), rel=1e-6)
+        assert not 0.99 < ours.item() < 1.01
 
 
 def test_the_released_file_is_the_recipe():
