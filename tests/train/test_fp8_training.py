@@ -8,7 +8,7 @@ import torch
 from test_loop import corpus, losses, run, same_weights, trained  # noqa: F401 - fixtures
 
 from sextant.axes.numerics import BF16, FP8Blocks, FP8Delayed, is_training_state, products
-from sextant.axes.numerics.delayed import DelayedProduct
+from sextant.axes.numerics.delayed import DY, DelayedProduct, W, X
 from sextant.core.errors import CheckpointError, UsageError
 from sextant.serve.generate import load
 from sextant.train.folder import RunFolder
@@ -39,7 +39,9 @@ def test_each_step_enters_the_history_once(run, tmp_path):  # noqa: F811
     trainer = trained(run.replace(numerics=FP8Delayed(history=8), recompute=True), tmp_path, until=3)
     found = [module for module in products(trainer.model) if isinstance(module, DelayedProduct)]
     assert len(found) == 15
-    assert all((module.history[:3] > 0).all() and (module.history[3:] == 0).all() for module in found)
+    forward = [module.history[:, [X, W]] for module in found]  # gradients of attention are 0 at zero gain
+    assert all((history[:3] > 0).all() and (history[3:] == 0).all() for history in forward)
+    assert all((module.history[3:] == 0).all() and (module.history[:2, DY] > 0).all() for module in found)
 
 
 def test_saturated_casts_are_shown(run, tmp_path):  # noqa: F811
