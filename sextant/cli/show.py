@@ -72,12 +72,13 @@ def describe(run: Run, tokens: int) -> dict[str, Any]:
 
     model, itemsize = run.model, run.numerics.itemsize
     at = At(tokens, itemsize)
-    cost = model.cost(at)
+    cost, further = model.cost(at), model.mtp_cost(at)
     lengths = sorted({1024, 8192, 32_768, model.context // 4, model.context, tokens} - {0})
     return {
         "name": model.name, "context": model.context, "vocab": model.vocab, "width": model.width, "tied": model.tied,
         "layers": len(model.layers), "params": cost.params, "active_params": cost.active_params, "active": ACTIVE,
-        "extra_params": extra_params(model), "at": tokens, "flops_per_token": cost.flops, "itemsize": itemsize,
+        "extra_params": extra_params(model), "mtp_params": further.params, "mtp_flops_per_token": further.flops,
+        "at": tokens, "flops_per_token": cost.flops, "itemsize": itemsize,
         "parts": {
             name: {"params": part.params, "active_params": part.active_params, "flops_per_token": part.flops}
             for name, part in parts(model, at).items()
@@ -204,6 +205,8 @@ def _plain(*columns: str) -> View:
 def _head_view(run: Run, facts: dict[str, Any]) -> View:
     from rich.table import Table as View
 
+    from sextant.core.units import count
+
     view = View(box=None, pad_edge=False, show_header=False)
     view.add_column(no_wrap=True)
     view.add_column()
@@ -212,6 +215,9 @@ def _head_view(run: Run, facts: dict[str, Any]) -> View:
     view.add_row("context", f"{facts['context']:,} tokens")
     if facts["extra_params"] is not None:
         view.add_row("extra_params", f"{facts['extra_params']:,} on top of the same model with full attention")
+    if facts["mtp_params"]:
+        modules = f"{count(facts['mtp_params'])} more parameters, {count(facts['mtp_flops_per_token'])} FLOPs/token"
+        view.add_row("prediction modules", f"{modules}; in training and for drafts")
     for name, text in facts["columns"].items():
         view.add_row(name.replace("_", "-"), text)
     view.add_row("numerics", run.numerics.kind)
