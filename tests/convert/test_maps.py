@@ -71,6 +71,19 @@ def test_experts_are_stacked_gate_first(mixtral: Pair):
     assert torch.equal(experts.down_EFD[3], mixtral.disk[f"{at}.w2.weight"].t())
 
 
+def test_selection_biases_survive_a_bf16_model(tmp_path):
+    """They steer choices by less than a bf16 step at the size that trained ones have."""
+    pair = make_pair(CASES["deepseek-v3"], tmp_path)
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    disk = pair.disk | {name: pair.disk[name] + 5}
+    model = fresh(pair).bfloat16()
+    import_weights(model, disk, "deepseek_v3")
+    assert torch.equal(model.blocks[1].feed_forward.router.bias.value_E, disk[name])
+    assert torch.equal(export_weights(model, "deepseek_v3")[name], disk[name])
+    with pytest.raises(CheckpointError, match="1 tensors do not fit"):
+        import_weights(model, {other: tensor for other, tensor in disk.items() if other != name}, "deepseek_v3")
+
+
 def test_every_problem_is_counted_and_nothing_is_changed(mixtral: Pair):
     disk = dict(mixtral.disk)
     gone, bent, strange = "model.layers.0.block_sparse_moe.experts.2.w3.weight", "model.norm.weight", "model.extra"
