@@ -1,4 +1,4 @@
-"""What every dtype policy promises: causal, packed apart, repeatable, finite, with gradients that point where fp32's do.
+"""What every dtype policy promises: causal, packed apart, repeatable, finite, and gradients along those of fp32.
 
 Which tensor is in which dtype is read off a real step in ``axes/test_numerics.py``; casts and scales are held by
 ``kernels/test_fp8.py`` and ``axes/test_fp8.py``.
