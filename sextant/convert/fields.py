@@ -9,10 +9,10 @@ from sextant.axes.kv import AnyScaling, LinearScaling, Llama3Scaling, RoPE, YaRN
 from sextant.core.errors import UsageError
 
 BOOKKEEPING = frozenset({
-    "_attn_implementation_autoset", "_name_or_path", "architectures", "auto_map", "bos_token_id", "cache_implementation",
-    "chunk_size_feed_forward", "dtype", "eos_token_id", "id2label", "is_encoder_decoder", "label2id", "model_type",
-    "output_attentions", "output_hidden_states", "output_router_logits", "pad_token_id", "pretraining_tp",
-    "problem_type", "return_dict", "torch_dtype", "transformers_version", "use_cache",
+    "_attn_implementation_autoset", "_name_or_path", "architectures", "auto_map", "bos_token_id",
+    "cache_implementation", "chunk_size_feed_forward", "dtype", "eos_token_id", "id2label", "is_encoder_decoder",
+    "label2id", "model_type", "output_attentions", "output_hidden_states", "output_router_logits", "pad_token_id",
+    "pretraining_tp", "problem_type", "return_dict", "torch_dtype", "transformers_version", "use_cache",
 })
 """Fields that say nothing about the function: names, token numbers, what a call returns."""
 
