@@ -85,7 +85,7 @@ def _dry_run(run: Run) -> None:
 
     check_run(run)
     run.model.build(run.numerics, device="meta")
-    cost = run.model.cost(At(run.data.seq_len, run.numerics.itemsize))
+    cost = run.model.training_cost(At(run.data.seq_len, run.numerics.itemsize))
     tokens = run.batch.rows * run.data.seq_len
     typer.echo(f"{run.name}: {units.count(cost.params)} parameters, {units.count(cost.active_params)} active")
     typer.echo(f"{run.steps} steps of {units.count(tokens)} tokens, {units.count(3 * cost.flops * tokens)} FLOPs each")
