@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from sextant.axes.attention import DSA, TABLE, Full, InfLLM, MoBA
 from sextant.axes.attention.base import SelectingPattern
 from sextant.axes.capacity import Dense, Experts
+from sextant.axes.numerics import BF16
 from sextant.axes.routing import SoftmaxTopK
+from sextant.axes.stability import NormalInit
 from sextant.core.errors import UsageError
 from sextant.core.stream import Stream
 from sextant.core.trace import Trace
@@ -230,6 +232,29 @@ def test_dsa_reads_everything_in_its_dense_stage():
     trace = build(layer).eval()(random_tokens(T), Stream.of_lengths([T])).trace()
     with pytest.raises(UsageError, match="dsa reads all in its dense stage"):
         replayed(layer.replace(attention=layer.attention.replace(stage="dense")), trace)
+
+
+@torch.no_grad()
+def test_a_sampler_in_bf16_and_a_learner_in_fp32_agree_when_choices_are_replayed():
+    """ROUTE-4. Rounding flips experts; with the sampler's experts the mismatch falls below a fifth (here a fiftieth)."""
+    layer = Layer(kv=PLAIN, feed_forward=Experts(experts=16, hidden=32, router=SoftmaxTopK(top_k=2, normalize=True)))
+    spec = model_spec(*[layer] * 4, width=64, init=NormalInit(std=0.2))
+    learner, sampler, tokens_T, stream = spec.build(), spec.build(BF16()), random_tokens(512), Stream.of_lengths([64] * 8)
+
+    def log_probs(model: Transformer, stream: Stream) -> tuple[Tensor, Trace]:
+        out = model(tokens_T, stream)
+        logs_TP = model.logits(out.hidden_TD).log_softmax(-1)
+        return logs_TP.gather(1, tokens_T.roll(-1)[:, None])[:, 0], out.trace()
+
+    def k3(logs_T: Tensor) -> float:
+        ratio_T = logs_T - sampled_T
+        return (ratio_T.exp() - 1 - ratio_T).mean().item()
+
+    sampled_T, trace = log_probs(sampler, stream)
+    live_T, own = log_probs(learner, stream)
+    replayed_T, _ = log_probs(learner, stream.replaying(trace))
+    assert not own.same(trace)
+    assert k3(replayed_T) < 0.2 * k3(live_T)
 
 
 def test_a_given_choice_has_the_gradient_of_its_gather():
