@@ -22,6 +22,7 @@ VERBS = {
     "show": "A recipe or run file: layers, parameters, FLOPs, decoding state.",
     "data": "Prepare text for training, and look at it.",
     "tokenizer": "Train a tokenizer, and look at one.",
+    "audit": "Which tensor is in which dtype and why, read off one real step.",
     "train": "Train a recipe or run file; the same command resumes.",
     "lab": "Compare recipes with paired seeds.",
     "report": "Look inside: what sparse layers read, expert load, where gradient arrives.",

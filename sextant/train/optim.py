@@ -20,6 +20,7 @@ from sextant.axes.stability.init import Rule
 from sextant.core.errors import CheckpointError, UsageError
 from sextant.core.spec import Spec
 from sextant.model.transformer import Transformer
+from sextant.train.adam import LowMomentAdamW
 
 AS_DECLARED = Rule(std=0.0)
 """Of parameters that are not in the table: rate and decay as the optimiser declares them."""
@@ -44,20 +45,32 @@ class Decay(Spec):
 
 
 class AdamW(Spec):
-    """AdamW (1711.05101) with decay by role."""
+    """AdamW (1711.05101) with decay by role.
+
+    Attributes:
+        moments: how both moments are kept; bf16 as in DeepSeek-V3, rounded at random. Parameters stay fp32 masters.
+    """
 
     kind: Literal["adamw"] = "adamw"
     lr: float = Field(default=3e-3, gt=0)
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = Field(default=1e-8, gt=0)
     decay: Decay = Decay()
+    moments: Literal["fp32", "bf16"] = "fp32"
+
+    @property
+    def low_moments(self) -> bool:
+        """Whether the moments of AdamW are kept in bf16."""
+        return self.moments == "bf16"
 
     def build(self, model: Transformer) -> Optimiser:
         return Optimiser([self.adam(learning(model), model)], model)
 
     def adam(self, named: dict[str, nn.Parameter], model: Transformer) -> torch.optim.Optimizer:
-        """torch's AdamW over these parameters of a model, one group per decay and rate."""
+        """AdamW over these parameters of a model, one group per decay and rate; torch's where moments are fp32."""
         groups = _grouped(named, model, self.decay, self.lr)
+        if self.low_moments:
+            return LowMomentAdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps)
         return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=True)
 
 
@@ -72,6 +85,11 @@ class Muon(Spec):
     lr: float = Field(default=0.02, gt=0)
     momentum: float = Field(default=0.95, ge=0, lt=1)
     adamw: AdamW = AdamW()
+
+    @property
+    def low_moments(self) -> bool:
+        """Whether the moments of AdamW are kept in bf16; Muon's momentum is fp32."""
+        return self.adamw.low_moments
 
     def build(self, model: Transformer) -> Optimiser:
         by_role, named = roles(model), learning(model)

@@ -4,7 +4,15 @@ from typing import Annotated
 
 from pydantic import Field
 
-from sextant.axes.numerics.base import Multiplies, Numerics, Product, is_training_state, products
+from sextant.axes.numerics.base import (
+    DTYPES,
+    Multiplies,
+    Numerics,
+    Operands,
+    Product,
+    is_training_state,
+    products,
+)
 from sextant.axes.numerics.blocks import FP8Blocks
 from sextant.axes.numerics.delayed import FP8Delayed
 from sextant.axes.numerics.policy import BF16, FP32, FP32_PATHS
@@ -37,6 +45,6 @@ TABLE = Table(
 )
 
 __all__ = [
-    "BF16", "FP32", "FP32_PATHS", "TABLE", "AnyNumerics", "FP8Blocks", "FP8Delayed", "Multiplies", "Numerics",
-    "Product", "is_training_state", "products",
+    "BF16", "DTYPES", "FP32", "FP32_PATHS", "TABLE", "AnyNumerics", "FP8Blocks", "FP8Delayed", "Multiplies", "Numerics",
+    "Operands", "Product", "is_training_state", "products",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,26 @@ from sextant.core.spec import Spec
 
 Reduce = Callable[[Tensor], Tensor]
 """The elementwise maximum over the ranks that share the tensors."""
+
+
+DTYPES = {
+    torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int8: "int8",
+    torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2",
+}
+"""Short names of the dtypes that tensors may be held or multiplied in."""
+
+
+class Operands(NamedTuple):
+    """What the three products around a matrix multiply, and why: short names of the left and the right operand.
+
+    ``forward`` is rows by matrix, ``data_gradient`` the result's gradient by matrix, ``weight_gradient`` the result's
+    gradient by rows.
+    """
+
+    forward: tuple[str, str]
+    data_gradient: tuple[str, str]
+    weight_gradient: tuple[str, str]
+    reasons: tuple[str, str, str]
 
 
 class Product(nn.Module):
@@ -54,6 +74,13 @@ class Numerics(Spec):
     def itemsize(self) -> int:
         """Bytes per element of activations and decoding states."""
         return 4 if self.compute is None else self.compute.itemsize
+
+    @property
+    def operands(self) -> Operands:
+        """What products of hidden matrices multiply; sums are fp32 under every policy."""
+        one = DTYPES[self.compute or torch.float32]
+        why = "as the parameters are" if self.compute is None else "half the bytes, sums in fp32"
+        return Operands((one, one), (one, one), (one, one), (why, why, why))
 
     @property
     def serving(self) -> Numerics:

@@ -16,9 +16,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from sextant.axes.numerics.base import Product
+from sextant.axes.numerics.base import Operands, Product
 from sextant.axes.numerics.fp8 import FP8, aligned, placed
-from sextant.kernels.fp8 import E4M3, FLOOR, GRADIENT_FLOOR, blocks, columns_product, rows_product, tiles
+from sextant.kernels.fp8 import E4M3, FLOOR, GRADIENT_FLOOR, blocks, columns_product, rows_product, tiles, tiles_down
 
 
 class FP8Blocks(FP8):
@@ -30,6 +30,12 @@ class FP8Blocks(FP8):
 
     kind: Literal["fp8_blocks"] = "fp8_blocks"
     power_of_two: bool = False
+
+    @property
+    def operands(self) -> Operands:
+        rows, columns = "a scale per 1x128 tile and 128x128 block", "a scale per 128 tokens of a channel"
+        both = "e4m3", "e4m3"
+        return Operands(both, both, both, (rows, rows, columns))
 
     def product(self) -> BlocksProduct:
         return BlocksProduct(self.power_of_two)
@@ -75,9 +81,9 @@ def _(dy: Tensor, weight: Tensor, counts: Tensor | None, power_of_two: bool) -> 
 @torch.library.custom_op("sextant::fp8_blocks_dw", mutates_args=())
 def _weight_gradient(dy: Tensor, x: Tensor, counts: Tensor | None, matrices: int, power_of_two: bool) -> Tensor:
     place_N, tiles_E, places = aligned(counts, len(x), x.device)
-    left, right = (placed(part, place_N, places).t() for part in (dy, x))
-    columns = tiles(left, E4M3, GRADIENT_FLOOR, power_of_two), tiles(right, E4M3, FLOOR, power_of_two)
-    return columns_product(*columns, tiles_E)
+    floors = (dy, GRADIENT_FLOOR), (x, FLOOR)
+    columns = [tiles_down(placed(part, place_N, places), E4M3, floor, power_of_two) for part, floor in floors]
+    return columns_product(columns[0], columns[1], tiles_E)
 
 
 @_weight_gradient.register_fake

@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from sextant.axes.numerics.base import Product, Reduce, products
+from sextant.axes.numerics.base import Operands, Product, Reduce, products
 from sextant.axes.numerics.fp8 import FP8, plain_rows, plain_weight_gradient, recomputing
 from sextant.kernels.fp8 import E4M3, FORMATS, Format, Scaled, rows_product, whole
 
@@ -39,6 +39,13 @@ class FP8Delayed(FP8):
     data_gradient: Literal["e5m2", "e4m3", "bf16"] = "e5m2"
     history: int = Field(default=1024, ge=1)
     margin: int = Field(default=0, ge=0)
+
+    @property
+    def operands(self) -> Operands:
+        right = "bf16" if self.data_gradient == "bf16" else "e4m3"
+        scales = f"one scale per tensor from {self.history:,} steps"
+        why = (scales, f"gradients need range; {scales}", "kept bf16: errors here would stay in the optimiser state")
+        return Operands((self.forward, self.forward), (self.data_gradient, right), ("bf16", "bf16"), why)
 
     def product(self) -> DelayedProduct:
         return DelayedProduct(self)

@@ -21,7 +21,7 @@ FP32_PATHS: dict[str, str] = {
     "gradients": "accumulated in the masters' dtype over micro-batches and ranks",
     "optimiser state": "second moments span many orders of magnitude",
 }
-"""Path -> why it is fp32. ``tests/axes/test_numerics.py`` reads each off a real bf16 step."""
+"""Path -> why it is fp32. ``sextant audit`` reads each off a real step."""
 
 
 class FP32(Numerics):
