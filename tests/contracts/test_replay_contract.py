@@ -236,10 +236,11 @@ def test_dsa_reads_everything_in_its_dense_stage():
 
 @torch.no_grad()
 def test_a_sampler_in_bf16_and_a_learner_in_fp32_agree_when_choices_are_replayed():
-    """ROUTE-4. Rounding flips experts; with the sampler's experts the mismatch falls below a fifth (here a fiftieth)."""
+    """ROUTE-4. Rounding flips experts; with the sampler's experts the mismatch falls below a fifth."""
     layer = Layer(kv=PLAIN, feed_forward=Experts(experts=16, hidden=32, router=SoftmaxTopK(top_k=2, normalize=True)))
     spec = model_spec(*[layer] * 4, width=64, init=NormalInit(std=0.2))
-    learner, sampler, tokens_T, stream = spec.build(), spec.build(BF16()), random_tokens(512), Stream.of_lengths([64] * 8)
+    learner, sampler = spec.build(), spec.build(BF16())
+    tokens_T, stream = random_tokens(512), Stream.of_lengths([64] * 8)
 
     def log_probs(model: Transformer, stream: Stream) -> tuple[Tensor, Trace]:
         out = model(tokens_T, stream)
