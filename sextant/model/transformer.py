@@ -112,7 +112,7 @@ class Transformer(nn.Module):
         """Run T tokens of the stream; with ``stream.memory`` they follow what it holds, and it grows by them.
 
         Args:
-            ahead: run the prediction modules too, each on the true tokens, as training does.
+            ahead: run the prediction modules too, each on the true tokens, as training does; a replay is not for them.
 
         Raises:
             UsageError: ``ahead`` with a memory; ``stream.replay`` is of other tokens or of another model.

@@ -5,6 +5,7 @@ import torch
 from cases import DENSE, MOE, VOCAB, close, model_spec, random_tokens
 from torch import Tensor
 
+from sextant.axes.attention import Full, Window
 from sextant.axes.kv import GQA, MLA
 from sextant.axes.numerics import BF16
 from sextant.core.cost import At
@@ -14,6 +15,7 @@ from sextant.kernels.loss import IGNORE, summed_loss
 from sextant.model.checks import check
 from sextant.model.mtp import MTP, LossWeight, without_last
 from sextant.model.spec import Layer, ModelSpec
+from sextant.model.switch import attending, switch
 from sextant.model.transformer import Output, Transformer
 
 HEADS = GQA(heads=2, kv_heads=1, head_dim=6)
@@ -225,6 +227,18 @@ def test_a_layer_of_its_own():
         type(model.blocks[0].feed_forward), type(model.blocks[1].feed_forward), type(model.blocks[0].feed_forward)
     ]
     assert ahead(model, random_tokens(5), [5]).ahead[0].out.routings == {}
+
+
+def test_a_module_follows_the_last_layer_to_another_pattern():
+    model, tokens_T = build(MTP()), random_tokens(9)
+    before = ahead(model, tokens_T, [9]).ahead[0].out.hidden_TD
+    narrow = attending(model.spec, [Full(), Window(window=2)])
+    switch(model, narrow)
+    after = ahead(model, tokens_T, [9]).ahead[0].out.hidden_TD
+    assert model.spec.mtp_layers[0].attention == Window(window=2)
+    close(after[:1], before[:1], 1e-12)
+    assert not torch.allclose(after[4:], before[4:])
+    assert model.draft_memory(1).layers[0].spec.window == 2
 
 
 def test_bf16_goes_through_the_modules():
