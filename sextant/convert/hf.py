@@ -131,9 +131,14 @@ def export_weights(model: Transformer, family: str) -> dict[str, Tensor]:
     """The parameters under the family's names on disk, contiguous; tensors that need no move share the model's memory.
 
     Raises:
-        UsageError: unknown family, or a model that is not of this family.
+        UsageError: unknown family, or a model that is not of this family; a tied one whose head is scaled (muP).
     """
-    return to_disk(weights(model), family)
+    named = weights(model)
+    if model.head_scale != 1:  # no file says so: the factor goes into the matrix
+        if model.head is None:
+            raise UsageError("a tied head with a factor has no place in a file", where="init", got=model.spec.init.kind)
+        named["head.weight"] = model.head_PD.detach()
+    return to_disk(named, family)
 
 
 def weights(model: Transformer) -> dict[str, Tensor]:

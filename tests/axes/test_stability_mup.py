@@ -11,6 +11,8 @@ from sextant.axes.capacity import Dense, Experts
 from sextant.axes.kv import GQA
 from sextant.axes.stability import MuPInit, NormalInit, Role
 from sextant.axes.stability.init import Matrix, Rule
+from sextant.convert.hf import export_weights, import_weights
+from sextant.core.errors import UsageError
 from sextant.core.stream import Stream
 from sextant.kernels.loss import summed_loss
 from sextant.model.spec import Layer
@@ -142,6 +144,16 @@ def test_router_line_is_the_head_line_to_adam():
             adam.step()
         traces.append(forward * (x_TD @ weight_ED.t()).detach())
     close(*traces, 1e-10)
+
+
+def test_export_takes_the_heads_factor_into_the_matrix():
+    """A file cannot say it: the model read back has the same logits; a tied one is refused."""
+    model = sized(64, MuPInit(base_width=BASE, std=0.2))
+    again = sized(64, NormalInit())
+    import_weights(again, export_weights(model, "llama"), "llama")
+    close(logits(again, random_tokens(12)), logits(model, random_tokens(12)), 1e-5)
+    with pytest.raises(UsageError, match="tied head with a factor"):
+        export_weights(sized(64, MuPInit(base_width=BASE), tied=True), "llama")
 
 
 def test_router_starts_and_learns_as_its_line_says():
