@@ -175,6 +175,24 @@ def test_fp8_6_powers_of_two():
     assert not torch.equal(tiles(plain.t()).numbers().t(), plain)
 
 
+def same(a: Scaled, b: Scaled) -> bool:
+    return torch.equal(a.values.view(torch.uint8), b.values.view(torch.uint8)) and torch.equal(a.scale, b.scale)
+
+
+@pytest.mark.parametrize("power_of_two", [False, True])
+def test_transposes_are_cast_as_they_lie(power_of_two):
+    """Bytes change places, no value does: tiles along rows, blocks and one scale of a transposed view."""
+    x = torch.randn(256, 200)
+    assert same(fp8.tiles_down(x, power_of_two=power_of_two), tiles(x.t().contiguous(), power_of_two=power_of_two))
+    stack = torch.randn(3, 130, 257)
+    for view, copy in ((x.t(), x.t().contiguous()), (stack.mT, stack.mT.contiguous())):
+        turned = blocks(view, power_of_two=power_of_two)
+        assert same(turned, blocks(copy, power_of_two=power_of_two)) and turned.values.is_contiguous()
+        turned, count = whole(view, torch.tensor(200.0), E4M3)
+        want, count_of_copy = whole(copy, torch.tensor(200.0), E4M3)
+        assert same(turned, want) and count == count_of_copy > 0 and turned.values.is_contiguous()
+
+
 def test_powers_of_two_stay():
     amax = torch.tensor([448.0, 224.0, 448.0 * 2**-20, 449.0])
     assert fp8.restoring(amax, E4M3, 1e-4, power_of_two=True).tolist() == [1.0, 0.5, 2.0**-20, 2.0]

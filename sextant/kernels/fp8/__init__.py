@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sextant.kernels.fp8.formats import E4M3, E5M2, FORMATS, Format, quantise, saturate
 from sextant.kernels.fp8.reference import columns_reference, rows_reference
-from sextant.kernels.fp8.scaling import FLOOR, GRADIENT_FLOOR, SIDE, Scaled, blocks, restoring, tiles, whole
+from sextant.kernels.fp8.scaling import FLOOR, GRADIENT_FLOOR, SIDE, Scaled, blocks, restoring, tiles, tiles_down, whole
 
 WAYS: dict[str, tuple[str, str, str]] = {
     "reference": ("reference", "rows_reference", "columns_reference"),
@@ -132,5 +132,5 @@ def _like(of: Scaled, x: Tensor) -> Scaled:
 __all__ = [
     "E4M3", "E5M2", "FLOOR", "FORMATS", "GRADIENT_FLOOR", "SIDE", "WAYS", "Format", "Scaled", "blocks",
     "columns_product", "columns_reference", "only", "paths", "quantise", "restoring", "rows_product", "rows_reference",
-    "saturate", "tiles", "whole",
+    "saturate", "tiles", "tiles_down", "whole",
 ]

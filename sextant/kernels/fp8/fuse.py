@@ -22,11 +22,11 @@ def fused(function: Callable[P, R]) -> Callable[P, R]:
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         if not _on_gpu(args) or torch.compiler.is_compiling():
             return function(*args, **kwargs)
-        if ways:
-            return ways[0](*args, **kwargs)
-        ways.append(torch.compile(function, dynamic=True))
+        if not ways:
+            ways.append(torch.compile(function, dynamic=True))
         try:
-            return ways[0](*args, **kwargs)
+            with torch.no_grad():  # one mode, so that forward and backward share what is compiled
+                return ways[0](*args, **kwargs)
         except Exception as error:  # a compiler may fail in any way; what it would have compiled is at hand
             warnings.warn(f"fp8: {function.__name__} stays eager, torch.compile failed: {error}", stacklevel=2)
             ways[0] = function

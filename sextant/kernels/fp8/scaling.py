@@ -50,6 +50,11 @@ class Scaled:
         tall = self.scale.repeat_interleave(self.tile[0], dim=-2)[..., :rows, :]
         return tall.repeat_interleave(self.tile[1], dim=-1)[..., :columns]
 
+    def turned(self) -> Scaled:
+        """The transpose, contiguous: for one scale and for blocks, whose shape it does not change."""
+        scale = self.scale if self.tile is None else self.scale.mT.contiguous()
+        return Scaled(self.values.mT.contiguous(), scale, self.tile)
+
     def rows(self, start: int, stop: int) -> Scaled:
         """Some rows; tiles one row high, or one scale for all."""
         scale = self.scale if self.tile is None else self.scale[..., start:stop, :]
@@ -67,24 +72,43 @@ def restoring(amax: Tensor, form: Format, floor: float, power_of_two: bool = Fal
 
 def whole(x: Tensor, scale: Tensor, form: Format) -> tuple[Scaled, Tensor]:
     """One given scale for all: ``x * scale`` is cast, and the count of saturated values comes along."""
-    values, saturated = _whole(x, scale, form)
-    return Scaled(values, scale.float().reciprocal()), saturated
+    if _turned(x):
+        cast, saturated = whole(x.mT, scale, form)
+        return cast.turned(), saturated
+    values, saturated = _whole(x.detach().contiguous().flatten(), scale, form)
+    return Scaled(values.view(x.shape), scale.float().reciprocal()), saturated
 
 
 def tiles(x: Tensor, form: Format = E4M3, floor: float = FLOOR, power_of_two: bool = False) -> Scaled:
     """Tiles of 1 x 128 along the last axis of ``[..., rows, columns]``; the last tile may be short."""
-    return Scaled(*_tiles(x, form, floor, power_of_two), (1, SIDE))
+    values, scale = _tiles(x.detach().contiguous().flatten(0, -2), form, floor, power_of_two)
+    return Scaled(values.view(x.shape), scale.unflatten(0, x.shape[:-1]), (1, SIDE))
+
+
+def tiles_down(x: Tensor, form: Format = E4M3, floor: float = FLOOR, power_of_two: bool = False) -> Scaled:
+    """:func:`tiles` of the transpose of ``[rows, columns]``, rows a multiple of 128: only bytes change places."""
+    values, scale = _tiles_down(x.detach().contiguous(), form, floor, power_of_two)
+    return Scaled(values.t().contiguous(), scale.t().contiguous(), (1, SIDE))
 
 
 def blocks(x: Tensor, form: Format = E4M3, power_of_two: bool = False) -> Scaled:
     """Blocks of 128 x 128 of ``[..., rows, columns]``; those at the far edges may be short."""
-    return Scaled(*_blocks(x, form, power_of_two), (SIDE, SIDE))
+    if _turned(x):
+        return blocks(x.mT, form, power_of_two).turned()
+    return Scaled(*_blocks(x.detach().contiguous(), form, power_of_two), (SIDE, SIDE))
+
+
+def _turned(x: Tensor) -> bool:
+    """Whether a transposed view lies contiguous the other way round: it is cast as it lies, and bytes are turned."""
+    return x.ndim > 1 and not x.is_contiguous() and x.mT.is_contiguous()
+
+
+# Shapes are made alike before these, so that each is compiled for few kinds of argument.
 
 
 @fused
 def _whole(x: Tensor, scale: Tensor, form: Format) -> tuple[Tensor, Tensor]:
-    values, saturated = saturate(x.float() * scale, form)
-    return values.contiguous(), saturated
+    return saturate(x.float() * scale, form)
 
 
 @fused
@@ -94,6 +118,13 @@ def _tiles(x: Tensor, form: Format, floor: float, power_of_two: bool) -> tuple[T
     scale = restoring(parts.abs().amax(-1), form, floor, power_of_two)
     values, _ = saturate(parts / scale[..., None], form)
     return values.flatten(-2)[..., :columns].contiguous(), scale
+
+
+@fused
+def _tiles_down(x: Tensor, form: Format, floor: float, power_of_two: bool) -> tuple[Tensor, Tensor]:
+    parts = x.float().unflatten(0, (-1, SIDE))
+    scale = restoring(parts.abs().amax(1), form, floor, power_of_two)
+    return saturate(parts / scale[:, None], form)[0].flatten(0, 1), scale
 
 
 @fused
