@@ -1,0 +1,82 @@
+"""Which tokens should balance be counted over, and does it take a loss at all?
+
+    python docs/lab/balance.py out/        # about 45 minutes on one core; resumes, and --arms/--seeds share the work
+
+Sixteen experts, two a token, in each of three layers; a step is eight sequences in four micro-batches. No balance; the
+auxiliary loss with f over each sequence, over each micro-batch or over the whole step, at three strengths; the bias
+update at two rates. Held-out loss against MaxVio over everything held out (2408.15664, equation 4).
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+from sextant.axes.capacity import Experts
+from sextant.axes.routing import Auxiliary, Bias, SoftmaxTopK
+from sextant.core import fs
+from sextant.lab import grid
+from sextant.lab.trained import loads, mixture, paired, table, train
+from sextant.train.run import Run
+
+COEFFICIENTS = {"weak": 1e-3, "usual": 1e-2, "strong": 1e-1}
+SCOPES = {"sequence": "sequence", "micro-batch": "micro_batch", "global batch": "global_batch"}
+RATES = {"slow": 1e-3, "fast": 1e-2}
+
+ARMS: dict[str, tuple] = (
+    {"none": ()}
+    | {
+        f"{name} {strength}": (Auxiliary(coef=coef, scope=scope),)
+        for strength, coef in COEFFICIENTS.items() for name, scope in SCOPES.items()
+    }
+    | {f"bias {speed}": (Bias(rate=rate),) for speed, rate in RATES.items()}
+)
+
+
+def run(balance: tuple, steps: int) -> Run:
+    biased = any(isinstance(term, Bias) for term in balance)
+    router = SoftmaxTopK(top_k=2, normalize=True, bias=biased)
+    return mixture(Experts(experts=16, hidden=64, router=router, balance=balance), steps=steps, micro_rows=2)
+
+
+def cell(arm: str, seed: int, steps: int) -> grid.Cell:
+    done = train(run(ARMS[arm], steps), seed)
+    held = loads(done)
+    means = {name: sum(getattr(load, name) for load in held) / len(held) for name in ("max_vio", "entropy", "unused")}
+    return {"loss": done.loss, **means, "vio of a step": done.late("max_vio"), "curve": done.curve()}
+
+
+def draw(path: Path, cells: dict[tuple[str, int], grid.Cell]) -> None:
+    """Held-out loss over MaxVio: a small point for each seed, a large one for the mean. A CSV beside it."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 5))
+    axes = figure.add_subplot(xlabel="MaxVio over everything held out", ylabel="loss minus none, nats, same seed")
+    arms, seeds = list(dict.fromkeys(arm for arm, _ in cells)), sorted({seed for _, seed in cells})
+    for index, arm in enumerate(arms):
+        vios = [cells[arm, seed]["max_vio"] for seed in seeds]
+        gaps = [cells[arm, seed]["loss"] - cells["none", seed]["loss"] for seed in seeds]
+        style = {"color": f"C{index % 10}", "marker": "o^s"[index // 10]}
+        axes.scatter(vios, gaps, s=12, alpha=0.5, **style)
+        mean, error = paired(cells, arm, "none")
+        axes.errorbar(sum(vios) / len(vios), mean, yerr=error, markersize=8, linestyle="", label=arm, **style)
+    axes.set_xscale("log")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=120, bbox_inches="tight")
+    fs.write_bytes(path, image.getvalue())
+    names = ("loss", "max_vio", "entropy", "unused", "vio of a step")
+    rows = [",".join([arm, str(seed), *(f"{one[n]:.5f}" for n in names)]) for (arm, seed), one in cells.items()]
+    fs.write_text(path.with_suffix(".csv"), "\n".join(["arm,seed," + ",".join(names), *rows]) + "\n")
+
+
+if __name__ == "__main__":
+    asked = grid.arguments(__doc__, steps=400)
+    cells = grid.fill(
+        asked.out, asked.arms or list(ARMS), asked.seeds, lambda arm, seed: cell(arm, seed, asked.steps), print
+    )
+    if not asked.arms:
+        columns = {"loss": ".4f", "max_vio": ".2f", "vio of a step": ".2f", "entropy": ".3f", "unused": ".3f"}
+        print(table(cells, columns, "none"))
+        draw(asked.out / "balance.png", cells)
