@@ -31,7 +31,10 @@ HEADINGS = {
     "counts": ("counts_",),
     "grads": ("gradients", "grads_", "t10_"),
     "hard": ("t14_", "t24_", "hard_"),
-    "cost": ("state_bytes", "pattern_counts", "cost_"),
+    "cost": (
+        "state_bytes", "pattern_counts", "cost_", "part_counts", "router_counts", "norms_count", "active_parameters",
+        "exchange_counts",
+    ),
 }
 """Checks by how their names begin: no later token counts; the same however it is fed; apart from neighbours; taken
 back and forked; recorded choices followed; no copy lost uncounted; gradients; symmetry, ties, huge numbers and few

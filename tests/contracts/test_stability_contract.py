@@ -1,4 +1,4 @@
-"""What every placement, norm and start promises: the contract of the layers inside it still holds, gradients included.
+"""What every feed-forward, placement, norm and start promises: the contract of the whole model, gradients included.
 
 Whatever starts at 0 is moved first: a branch that is switched off would keep any promise.
 """
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from sextant.axes.attention import Window
+from sextant.axes.capacity import TABLE as CAPACITY
 from sextant.axes.stability import INITS, NORMS, TABLE, PreNorm
 from sextant.core.cost import At
 from sextant.core.stream import Stream
@@ -22,16 +23,17 @@ from sextant.model.spec import ModelSpec
 T, LENGTHS = 15, [6, 1, 8]
 
 
-def spec_of(residual=PreNorm(), **fields) -> ModelSpec:  # noqa: B008 - frozen
-    """A dense layer and a mixture, both in a window."""
+def spec_of(residual=PreNorm(), first=DENSE, **fields) -> ModelSpec:  # noqa: B008 - frozen
+    """A dense layer, or another ``first``, and a mixture, both in a window."""
     layers = (
         Layer(attention=Window(window=5), kv=PLAIN, feed_forward=feed_forward, residual=residual)
-        for feed_forward in (DENSE, mixture())
+        for feed_forward in (first, mixture())
     )
     return model_spec(*layers, **fields)
 
 
 CASES = [
+    *(pytest.param(spec_of(first=example), id=name(example)) for example in examples(CAPACITY)),
     *(pytest.param(spec_of(example), id=name(example)) for example in examples(TABLE)),
     *(pytest.param(spec_of(PreNorm(norm=norm), final_norm=norm), id=name(norm)) for norm in examples(NORMS)),
     *(pytest.param(spec_of(init=init), id=name(init)) for init in examples(INITS)),
