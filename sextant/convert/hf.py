@@ -18,6 +18,7 @@ from sextant.axes.routing import SelectionBias
 from sextant.convert.families import DEFAULTS, MODULES, READERS
 from sextant.convert.fields import Fields
 from sextant.convert.maps import Link, links
+from sextant.convert.scaled import SCALE, Restored, read_quantisation, scale_problems
 from sextant.core.errors import CheckpointError, UsageError, nearest
 from sextant.core.spec import explain
 from sextant.model.mtp import MTP
@@ -41,6 +42,7 @@ def spec_from_hf(config: Mapping[str, Any], name: str | None = None, mtp: bool =
         fix = "Pass its text_config" if "text_config" in config else nearest(family, READERS)
         raise UsageError("unsupported model_type", where="config.json: model_type", got=repr(family), fix=fix)
     fields = Fields({**DEFAULTS[family], **config})
+    read_quantisation(fields)
     try:
         spec = READERS[family](fields, name or config.get("_name_or_path") or family)
     except ValidationError as error:
@@ -58,14 +60,18 @@ def _with_modules(spec: ModelSpec, config: Mapping[str, Any]) -> ModelSpec:
 
 LEFTOVERS = (
     ".rotary_emb.inv_freq", ".self_attn.slope_rate", ".self_attn.query_decay", ".self_attn.key_decay",
-    ".self_attn.diagonal_decay",
+    ".self_attn.diagonal_decay", SCALE,
 )
-"""Endings of tensors that hold no parameter: tables which some files carry and every model makes for itself."""
+"""Endings of tensors that hold no parameter: tables which some files carry and every model makes for itself, and the
+scales of FP8 matrices, which have rules of their own.
+"""
 
 
 @torch.no_grad()
 def import_weights(model: Transformer, tensors: Mapping[str, Tensor], family: str) -> None:
     """Fill a model from tensors under their names on disk, in any floating dtype; all or nothing.
+
+    FP8 matrices with scales by block, as DeepSeek-V3 is released, are restored one after another.
 
     Args:
         model: with memory; parameters keep their dtype and device.
@@ -80,12 +86,13 @@ def import_weights(model: Transformer, tensors: Mapping[str, Tensor], family: st
     if any(tensor.is_meta for tensor in ours.values()):
         raise UsageError("cannot import into a model without memory", got="device meta", fix="Build it on cpu")
     plan = list(links(family, {name: tensor.shape for name, tensor in ours.items()}))
-    problems = list(_problems(plan, tensors, LEFTOVERS, _unused(model, tensors)))
+    problems = [*_problems(plan, tensors, LEFTOVERS, _unused(model, tensors)), *scale_problems(tensors)]
     if problems:
         what = f"{len(problems)} tensors do not fit this {family} model"
         raise CheckpointError(what, where="; ".join(problems[:5]), fix="Use the config.json that came with the tensors")
+    numbers = Restored(tensors)
     for link in plan:
-        for name, tensor in link.join(tensors).items():
+        for name, tensor in link.join(numbers).items():
             ours[name].copy_(tensor)
 
 
