@@ -1,8 +1,8 @@
 """Products of fp8 tensors with scales: one function whatever the machine offers, and a word on what was chosen.
 
 A CPU restores the numbers and multiplies in fp32, which is exact up to the order of the sum. A GPU takes the first that
-works of torch's scaled product and our Triton kernel (the other way round for experts), else bf16 products of restored
-numbers. A way is tried on small operands of the same kind first, against the reference; one that raises or is off is
+works of torch's scaled product and our Triton kernel (the other way round where counts would have to leave the device),
+else bf16 products of restored numbers. A way is tried on small operands of the same kind first, against the reference; one that raises or is off is
 left out, with a warning.
 """
 
@@ -91,7 +91,7 @@ def _choose(what: str, left: Scaled, right: Scaled, many: bool, kind: str) -> st
         return _only[0]
     if not left.values.is_cuda:
         return "reference"
-    for way in ("triton", "scaled_mm") if many else ("scaled_mm", "triton"):
+    for way in ("scaled_mm", "triton") if what == "rows" and not many else ("triton", "scaled_mm"):
         fault = _fault(way, what, left, right, many)
         if fault is None:
             return way
