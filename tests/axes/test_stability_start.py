@@ -1,6 +1,7 @@
 """How layers start: identities, gradients, bounded updates and variances, even routers; spec mai-base-1, section 11."""
 
 import math
+from copy import deepcopy
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from sextant.axes.stability import (
     SkipInit,
 )
 from sextant.core.stream import Stream
+from sextant.core.tensorfile import refuse_aliases
 from sextant.kernels.loss import summed_loss
 from sextant.model.spec import Layer
 
@@ -91,6 +93,8 @@ def test_rezero_has_one_scalar_a_layer_that_both_branches_follow():
     assert [name for name in model.state_dict() if "scale" in name] == [
         f"blocks.{i}.around_attention.scale" for i in range(4)
     ]
+    refuse_aliases(model.state_dict())
+    model = deepcopy(model)  # a copy follows its own
     branch = model.blocks[0].around_attention
     for scale in (0.0, 0.7):
         branch.scale.data.fill_(scale)
