@@ -40,6 +40,8 @@ def declared(policy: str, seed: int, options: argparse.Namespace) -> Run:
         numerics=POLICIES[policy], seed=seed, steps=options.steps, compile=not (options.eager or options.tiny),
         eval_every=10**6, sample_every=10**6, save_every=10**6, log_every=max(1, options.steps // 10),
     )
+    if options.rows:
+        run = run.replace(batch=run.batch.replace(rows=options.rows, micro_rows=min(options.rows, run.batch.micro_rows)))
     if options.tiny:
         run = run.replace(
             data=run.data.replace(seq_len=64), batch=run.batch.replace(rows=2, micro_rows=2), eval_tokens=256,
@@ -80,6 +82,7 @@ def in_a_process(policy: str, seed: int, options: argparse.Namespace) -> dict[st
         command = [
             sys.executable, __file__, "--one", policy, str(seed), "--steps", str(options.steps), "--device",
             options.device, "--out", str(result), *(["--tiny"] if options.tiny else []),
+            *(["--rows", str(options.rows)] if options.rows else []),
             *(["--eager"] if options.eager else []), *(["--way", options.way] if options.way else []),
         ]
         subprocess.run(command, check=True)
@@ -110,6 +113,7 @@ def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--rows", type=int, help="sequences a step, instead of the recipe's")
     parser.add_argument("--policies", nargs="*", default=list(POLICIES), choices=list(POLICIES))
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--device", default="cuda")
