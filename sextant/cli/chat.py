@@ -19,6 +19,7 @@ from sextant.cli.sampling import (
     Temperature,
     TopK,
     TopP,
+    Weights,
     loaded,
     sampling_of,
 )
@@ -44,10 +45,11 @@ def chat(
     stop: Stop = None,
     device: Device = "auto",
     dtype: Dtype = None,
+    weights: Weights = None,
 ) -> None:
     """Talk to a trained model in the terminal; Ctrl-C stops an answer, Ctrl-D leaves."""
     sampling = sampling_of(max_tokens, temperature, top_k, top_p, min_p, seed, stop)
-    model, tokenizer, run = loaded(path, device, dtype)
+    model, tokenizer, run = loaded(path, device, dtype, weights)
     from sextant.serve.generate import Generator
 
     _say(f"{run.name}: a base model without a chat template; it continues the text that you begin.")

@@ -18,6 +18,7 @@ from sextant.cli.sampling import (
     Temperature,
     TopK,
     TopP,
+    Weights,
     loaded,
     sampling_of,
 )
@@ -44,13 +45,14 @@ def generate(
     stop: Stop = None,
     device: Device = "auto",
     dtype: Dtype = None,
+    weights: Weights = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per answer on stdout.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the text.")] = False,
 ) -> None:
     """Continue a prompt with a trained model."""
     sampling = sampling_of(max_tokens, temperature, top_k, top_p, min_p, seed, stop)
     text = _prompt(prompt, prompt_file)
-    model, tokenizer, _ = loaded(path, device, dtype)
+    model, tokenizer, _ = loaded(path, device, dtype, weights)
     from sextant.serve.generate import Generator
 
     generator = Generator(model, tokenizer)
@@ -98,14 +100,16 @@ def _print_json(generator: Generator, text: str, sampling: Sampling, n: int) -> 
             "text": result.text, "tokens": result.tokens, "finish_reason": result.finish_reason,
             "prompt_tokens": result.prompt_tokens, "new_tokens": len(result.tokens), "seed": result.seed,
             "tokens_per_second": round(generator.stats.tokens_per_second, 1),
+            "weight_bytes": generator.stats.weights.held_bytes,
         }))
 
 
 def stats_line(stats: Stats) -> str:
-    """``31 prompt tokens | 200 new | 412.0 tok/s | state 96.0 KiB``."""
+    """``31 prompt tokens | 200 new | 412.0 tok/s | state 96.0 KiB | weights 7.3 MiB, 4.00 bytes each``."""
     from sextant.core.units import size
 
     return (
         f"{stats.prompt_tokens} prompt tokens | {stats.new_tokens} new | {stats.tokens_per_second:.1f} tok/s"
         f" | state {size(stats.state_bytes)}"
+        f" | weights {size(stats.weights.held_bytes)}, {stats.weights.bytes_each:.2f} bytes each"
     )

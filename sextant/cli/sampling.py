@@ -21,6 +21,7 @@ MinP = Annotated[float, typer.Option(help="Tokens at least this fraction as like
 Seed = Annotated[int | None, typer.Option(help="Makes the answer repeatable.")]
 Stop = Annotated[list[str] | None, typer.Option(help="The text ends before this string; up to 16 of them.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 or auto.")]
+Weights = Annotated[str | None, typer.Option(help="fp8 or int8: hold hidden matrices in 8 bits; less memory, slower.")]
 Dtype = Annotated[str | None, typer.Option(help="fp32 or bf16; the run's own when left out.")]
 
 
@@ -42,15 +43,19 @@ def sampling_of(
     }, source="sampling")
 
 
-def loaded(path: str, device: str, dtype: str | None) -> tuple[Transformer, Tokenizer, Run]:
+def loaded(
+    path: str, device: str, dtype: str | None, weights: str | None = None
+) -> tuple[Transformer, Tokenizer, Run]:
     """A trained model where it should run.
 
     Raises:
-        UsageError: no such dtype.
+        UsageError: no such dtype, or no such way to hold weights.
         CheckpointError: nothing to load.
         EnvironmentFault: no such device.
     """
-    from sextant.axes.numerics import TABLE
+    from typing import get_args
+
+    from sextant.axes.numerics import TABLE, EightBitKind
     from sextant.cli.runs import pick_device
     from sextant.core.errors import UsageError, nearest
     from sextant.serve.generate import load
@@ -58,4 +63,8 @@ def loaded(path: str, device: str, dtype: str | None) -> tuple[Transformer, Toke
     kinds = {row.name: row.spec for row in TABLE}
     if dtype is not None and dtype not in kinds:
         raise UsageError("no such dtype", where="--dtype", got=dtype, fix=nearest(dtype, kinds))
-    return load(path, pick_device(device), kinds[dtype]() if dtype else None)  # type: ignore[arg-type]
+    small = get_args(EightBitKind)
+    if weights is not None and weights not in small:
+        raise UsageError("no such weights", where="--weights", got=weights, expected=" or ".join(small))
+    numerics = kinds[dtype]() if dtype else None
+    return load(path, pick_device(device), numerics, weights)  # type: ignore[arg-type]

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sextant.axes.numerics import AnyNumerics, is_training_state
-from sextant.axes.stability import Joins, Linear, Role, roles
+from sextant.axes.numerics import AnyNumerics, EightBit, EightBitKind, eight_bit, is_training_state
+from sextant.axes.stability import Joins, Linear, Role, hidden_matrices, roles
 from sextant.core import tensorfile
 from sextant.core.errors import CheckpointError, UsageError
 from sextant.core.state import Memory
@@ -48,15 +48,43 @@ class Result:
     seed: int
 
 
+@dataclass(frozen=True)
+class Weights:
+    """Parameters of a model and the bytes that they take in memory."""
+
+    count: int = 0
+    held_bytes: int = 0
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Weights:
+        """Memory that several parameters share is counted once."""
+        held, parameters = {}, list(model.parameters())
+        for parameter in parameters:
+            if isinstance(parameter, EightBit):
+                held[id(parameter)] = parameter.held_bytes
+            else:
+                memory = parameter.untyped_storage()
+                held[memory.data_ptr()] = memory.nbytes()
+        return cls(sum(parameter.numel() for parameter in parameters), sum(held.values()))
+
+    @property
+    def bytes_each(self) -> float:
+        """Bytes per parameter."""
+        return self.held_bytes / max(1, self.count)
+
+
 @dataclass
 class Stats:
-    """What the last call took; ``state_bytes`` is the most that decoding states held."""
+    """What the last call took; ``state_bytes`` is the most that decoding states held, ``weights`` what the model's
+    parameters are and hold.
+    """
 
     prompt_tokens: int = 0
     new_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     state_bytes: int = 0
+    weights: Weights = Weights()
     decoded_tokens: int = field(default=0, repr=False)
 
     @property
@@ -120,7 +148,8 @@ class Generator:
     def __init__(self, model: Transformer, tokenizer: Tokenizer):
         self.model, self.tokenizer = model.eval(), tokenizer
         self.vocab = min(tokenizer.vocab_size, model.spec.vocab)
-        self.stats = Stats()
+        self.weights = Weights.of(model)
+        self.stats = Stats(weights=self.weights)
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling | None = None, n: int = 1) -> list[Result]:
         """``n`` answers to each prompt, in the order of the prompts; the answers to one prompt share its prefill."""
@@ -167,7 +196,7 @@ class Generator:
     @torch.inference_mode()
     def _steps(self, prompts: list[list[int]], answers: list[Answer], n: int) -> Iterator[list[tuple[Answer, str]]]:
         """Each step gives every unfinished answer one token and yields the text that this makes certain."""
-        self.stats = stats = Stats(prompt_tokens=sum(map(len, prompts)))
+        self.stats = stats = Stats(prompt_tokens=sum(map(len, prompts)), weights=self.weights)
         if not answers:
             return
         began = time.perf_counter()
@@ -221,7 +250,8 @@ def _not_compiled() -> AbstractContextManager[object]:
 
 
 def load(
-    path: str | Path, device: torch.device | str = "cpu", numerics: AnyNumerics | None = None
+    path: str | Path, device: torch.device | str = "cpu", numerics: AnyNumerics | None = None,
+    weights: EightBitKind | None = None,
 ) -> tuple[Transformer, Tokenizer, Run]:
     """A trained model, its tokenizer, and the run that made it.
 
@@ -229,6 +259,7 @@ def load(
         path: a run folder (its newest checkpoint that verifies) or one checkpoint folder ``step-XXXXXXXX`` inside it.
         device: where the model goes.
         numerics: dtype policy; the run's own when None. Under bf16, matrices are cast once, here.
+        weights: hold hidden matrices in 8 bits: about half of bf16's memory, at the price of restoring them each time.
 
     Raises:
         CheckpointError: no checkpoint, a damaged one, or one that belongs to another tokenizer or model.
@@ -245,14 +276,18 @@ def load(
     if bad is not None:
         raise CheckpointError("NaN or infinity in a weight", where=f"{found.name}/{bad}", fix="Use an older step")
     model.load_state_dict(tensors, assign=True)
-    return lower_weights(model.to(device)).eval(), tokenizer, run
+    return lower_weights(model.to(device), weights).eval(), tokenizer, run
 
 
-def lower_weights(model: Transformer) -> Transformer:
-    """Freeze a model for decoding: matrices in the compute dtype, and one product where several read the same rows."""
+def lower_weights(model: Transformer, weights: EightBitKind | None = None) -> Transformer:
+    """Freeze a model for decoding: matrices in the compute dtype, and one product where several read the same rows; or
+    hidden matrices in 8 bits, each by itself.
+    """
     model.requires_grad_(False)
     if model.numerics.compute is not None:
         _cast_products(model, model.numerics.compute)
+    if weights is not None:
+        return _hold_in_eight_bits(model, weights)
     for module in list(model.modules()):
         if isinstance(module, Joins):
             module.join()
@@ -271,6 +306,15 @@ def _cast_products(model: Transformer, dtype: torch.dtype) -> None:
     for name, parameter in model.named_parameters():
         if name in names:
             parameter.data = parameter.data.to(dtype)
+
+
+def _hold_in_eight_bits(model: Transformer, kind: EightBitKind) -> Transformer:
+    for name in hidden_matrices(model):
+        owner, _, attribute = name.rpartition(".")
+        matrix = model.get_parameter(name).detach()
+        small = nn.Parameter(eight_bit(matrix, kind, matrix.dtype), requires_grad=False)
+        setattr(model.get_submodule(owner), attribute, small)
+    return model
 
 
 _PRODUCTS = {Role.HEAD, Role.ATTENTION_IN, Role.ATTENTION_OUT, Role.FF_IN, Role.FF_OUT}

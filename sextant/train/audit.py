@@ -15,11 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from sextant.axes.capacity.experts import ExpertsModule
-from sextant.axes.numerics import DTYPES, FP32_PATHS, Multiplies
+from sextant.axes.numerics import DTYPES, FP32_PATHS
 from sextant.axes.numerics.audit import Kind, Line, ProductWatch, Seen, in_front, line, pair_name
 from sextant.axes.routing import RouterModule, Routing, SelectionBias
-from sextant.axes.stability import Role, roles
-from sextant.axes.stability.linear import HIDDEN
+from sextant.axes.stability import Role, hidden_matrices, roles
 from sextant.axes.stability.norm import LayerNormModule, RMSNormModule
 from sextant.core.errors import NumericsError
 from sextant.core.state import Keys
@@ -155,7 +154,7 @@ def _paths(run: Run, seen: Seen) -> list[Line]:
 
 def _products(run: Run, model: Transformer, products: ProductWatch) -> list[Line]:
     """Three lines of the hidden matrices, one of all others."""
-    seen, hidden, operands = Seen(), _hidden(model), run.numerics.operands
+    seen, hidden, operands = Seen(), hidden_matrices(model), run.numerics.operands
     compute = DTYPES[run.numerics.compute or torch.float32]
     rest = "fp32" if compute == "fp32" else f"{compute} or fp32"
     for name, kinds in products.met.items():
@@ -176,13 +175,6 @@ def _products(run: Run, model: Transformer, products: ProductWatch) -> list[Line
 
 KINDS: tuple[Kind, ...] = ("forward", "data gradient", "weight gradient")
 HEAD, ROUTER, REST = "head, all products", "router, all products", "other parameters, all products"
-
-
-def _hidden(model: Transformer) -> set[str]:
-    """Matrices whose products the policy may lower further than the rest."""
-    by_role = roles(model)
-    owners = {name for name, module in model.named_modules() if isinstance(module, Multiplies)}
-    return {name for name, role in by_role.items() if role in HIDDEN and name.rpartition(".")[0] in owners}
 
 
 def _other(name: str, model: Transformer) -> str:

@@ -16,7 +16,7 @@ from sextant.axes.kv import GQA
 from sextant.axes.numerics import BF16, FP32, FP32_PATHS, FP8Blocks, FP8Delayed
 from sextant.axes.numerics.audit import in_front
 from sextant.axes.routing import RouterModule, SigmoidTopK
-from sextant.axes.stability import NormalInit, RMSNorm, SandwichNorm
+from sextant.axes.stability import NormalInit, RMSNorm, SandwichNorm, hidden_matrices
 from sextant.axes.stability.norm import RMSNormModule
 from sextant.cli import app, frame
 from sextant.core.errors import NumericsError
@@ -85,7 +85,7 @@ def test_every_hidden_matrix_is_met_in_all_three_products(monkeypatch):
     monkeypatch.setattr(audits, "_products", lambda *args: found.update(args[2].met) or plain(*args))
     model = SPEC.build(FP8Delayed(), seed=1)
     read(run(FP8Delayed()), model)
-    hidden = audits._hidden(model)
+    hidden = hidden_matrices(model)
     assert len(hidden) == 24
     assert {matrix: set(found[matrix]) for matrix in hidden} == {matrix: set(audits.KINDS) for matrix in hidden}
 

@@ -15,6 +15,7 @@ from sextant.axes.numerics.base import (
 )
 from sextant.axes.numerics.blocks import FP8Blocks
 from sextant.axes.numerics.delayed import FP8Delayed
+from sextant.axes.numerics.eight_bit import EightBit, EightBitKind, eight_bit
 from sextant.axes.numerics.policy import BF16, FP32, FP32_PATHS
 from sextant.core.table import Row, Table
 
@@ -45,6 +46,6 @@ TABLE = Table(
 )
 
 __all__ = [
-    "BF16", "DTYPES", "FP32", "FP32_PATHS", "TABLE", "AnyNumerics", "FP8Blocks", "FP8Delayed", "Multiplies", "Numerics",
-    "Operands", "Product", "is_training_state", "products",
+    "BF16", "DTYPES", "FP32", "FP32_PATHS", "TABLE", "AnyNumerics", "EightBit", "EightBitKind", "FP8Blocks",
+    "FP8Delayed", "Multiplies", "Numerics", "Operands", "Product", "eight_bit", "is_training_state", "products",
 ]

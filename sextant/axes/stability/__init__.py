@@ -10,7 +10,16 @@ from sextant.axes.stability.init import (
     initialise,
     table,
 )
-from sextant.axes.stability.linear import Embedding, Joined, Joins, Linear, Role, Values, roles
+from sextant.axes.stability.linear import (
+    Embedding,
+    Joined,
+    Joins,
+    Linear,
+    Role,
+    Values,
+    hidden_matrices,
+    roles,
+)
 from sextant.axes.stability.norm import AnyNorm, LayerNorm, RMSNorm
 from sextant.axes.stability.residual import (
     AnyResidual,
@@ -83,6 +92,6 @@ INITS = Table(
 __all__ = [
     "INITS", "NORMS", "TABLE", "AnyInit", "AnyNorm", "AnyResidual", "DeepNorm", "DeepNormInit", "DepthScaledInit",
     "Embedding", "InitTable", "Joined", "Joins", "LayerNorm", "LayerScale", "Linear", "MuPInit", "NormalInit",
-    "PostNorm", "PreNorm", "RMSNorm", "ReZero", "Role", "SandwichNorm", "SkipInit", "Values", "initialise", "roles",
-    "table",
+    "PostNorm", "PreNorm", "RMSNorm", "ReZero", "Role", "SandwichNorm", "SkipInit", "Values", "hidden_matrices",
+    "initialise", "roles", "table",
 ]

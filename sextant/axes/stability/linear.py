@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sextant.axes.numerics import Product
+from sextant.axes.numerics import Multiplies, Product
 
 
 class Role(StrEnum):
@@ -139,3 +139,9 @@ def roles(model: nn.Module) -> dict[str, Role]:
             path = f"{prefix}.{name}" if prefix else name
             found[path] = named.get(name, Role.BIAS if name == "bias" else default)
     return found
+
+
+def hidden_matrices(model: nn.Module) -> set[str]:
+    """Names of the matrices, and stacks of them, whose products a policy may lower further than the rest."""
+    owners = {name for name, module in model.named_modules() if isinstance(module, Multiplies)}
+    return {name for name, role in roles(model).items() if role in HIDDEN and name.rpartition(".")[0] in owners}
