@@ -82,7 +82,7 @@ def off(got: Tensor, want: Tensor) -> float:
     return ((got - want).square().mean() / want.var()).sqrt().item()
 
 
-@pytest.mark.parametrize(("kind", "bound"), [("fp8", 0.25), ("int8", 0.06)])
+@pytest.mark.parametrize(("kind", "bound"), [("fp8", 0.12), ("int8", 0.03)])
 def test_logits_are_close_to_those_of_bf16(kind, bound):
     """Beside bf16's own distance from fp32 as a scale; likeliest tokens agree where they are clear."""
     tokens_T = random_tokens(60, vocab=VOCAB)
