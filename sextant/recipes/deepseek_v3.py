@@ -37,7 +37,9 @@ def paper() -> Run:
     mtp = MTP(weight=LossWeight(first=0.3, later=0.1, until=steps_of(batch, STABLE_TOKENS) / steps))
     spec = model("deepseek-v3", 129_280, 7168, Shape(61, 3, 18_432, moe, mla(128, 1536))).replace(mtp=mtp)
     schedule = WSD(warmup=2000, decay=1 - STABLE_TOKENS / TOKENS)
-    return paper_run(spec, SEQ_LEN, AdamW(lr=2.2e-4), schedule, batch, steps).replace(numerics=FP8Blocks())
+    return paper_run(spec, SEQ_LEN, AdamW(lr=2.2e-4, moments="bf16"), schedule, batch, steps).replace(
+        numerics=FP8Blocks()
+    )
 
 
 def twin() -> Run:
