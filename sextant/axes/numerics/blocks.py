@@ -56,7 +56,10 @@ class BlocksProduct(Product):
         return "tiles 1x128, blocks 128x128" + (", scales powers of two" if self.power_of_two else "")
 
 
-@torch.library.custom_op("sextant::fp8_blocks", mutates_args=())
+@torch.library.custom_op(
+    "sextant::fp8_blocks", mutates_args=(),
+    schema="(Tensor x, Tensor weight, Tensor? counts, bool power_of_two) -> Tensor",
+)
 def _forward(x: Tensor, weight: Tensor, counts: Tensor | None, power_of_two: bool) -> Tensor:
     rows, matrices = tiles(x, E4M3, FLOOR, power_of_two), blocks(weight, E4M3, power_of_two)
     return rows_product(rows, matrices, counts, x.dtype)
@@ -67,7 +70,10 @@ def _(x: Tensor, weight: Tensor, counts: Tensor | None, power_of_two: bool) -> T
     return x.new_empty(x.shape[0], weight.shape[1])
 
 
-@torch.library.custom_op("sextant::fp8_blocks_dx", mutates_args=())
+@torch.library.custom_op(
+    "sextant::fp8_blocks_dx", mutates_args=(),
+    schema="(Tensor dy, Tensor weight, Tensor? counts, bool power_of_two) -> Tensor",
+)
 def _data_gradient(dy: Tensor, weight: Tensor, counts: Tensor | None, power_of_two: bool) -> Tensor:
     rows, matrices = tiles(dy, E4M3, GRADIENT_FLOOR, power_of_two), blocks(weight.mT, E4M3, power_of_two)
     return rows_product(rows, matrices, counts, dy.dtype)
@@ -78,7 +84,10 @@ def _(dy: Tensor, weight: Tensor, counts: Tensor | None, power_of_two: bool) -> 
     return dy.new_empty(dy.shape[0], weight.shape[2])
 
 
-@torch.library.custom_op("sextant::fp8_blocks_dw", mutates_args=())
+@torch.library.custom_op(
+    "sextant::fp8_blocks_dw", mutates_args=(),
+    schema="(Tensor dy, Tensor x, Tensor? counts, SymInt matrices, bool power_of_two) -> Tensor",
+)
 def _weight_gradient(dy: Tensor, x: Tensor, counts: Tensor | None, matrices: int, power_of_two: bool) -> Tensor:
     place_N, tiles_E, places = aligned(counts, len(x), x.device)
     floors = (dy, GRADIENT_FLOOR), (x, FLOOR)

@@ -132,7 +132,12 @@ def _scaled(x: Tensor, form: Format, column: int, state: tuple[Tensor, Tensor, T
 # compiled autograd function of torch 2.11 lost gradients. The state goes in as tensors, so layers share compiled code.
 
 
-@torch.library.custom_op("sextant::fp8_delayed", mutates_args=())
+_STATE = "Tensor? counts, Tensor scale, Tensor amax, Tensor saturated, str forward, str data_gradient, bool record"
+
+
+@torch.library.custom_op(
+    "sextant::fp8_delayed", mutates_args=(), schema=f"(Tensor x, Tensor weight, {_STATE}) -> Tensor"
+)
 def _forward(
     x: Tensor, weight: Tensor, counts: Tensor | None, scale: Tensor, amax: Tensor, saturated: Tensor,
     forward: str, data_gradient: str, record: bool,
@@ -149,7 +154,9 @@ def _(x: Tensor, weight: Tensor, *_rest: Any) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[1])
 
 
-@torch.library.custom_op("sextant::fp8_delayed_dx", mutates_args=())
+@torch.library.custom_op(
+    "sextant::fp8_delayed_dx", mutates_args=(), schema=f"(Tensor dy, Tensor weight, {_STATE}) -> Tensor"
+)
 def _data_gradient(
     dy: Tensor, weight: Tensor, counts: Tensor | None, scale: Tensor, amax: Tensor, saturated: Tensor,
     forward: str, data_gradient: str, record: bool,
@@ -166,7 +173,7 @@ def _(dy: Tensor, weight: Tensor, *_rest: Any) -> Tensor:
     return dy.new_empty(dy.shape[0], weight.shape[2])
 
 
-@torch.library.custom_op("sextant::bf16_dw", mutates_args=())
+@torch.library.custom_op("sextant::bf16_dw", mutates_args=(), schema="(Tensor x, Tensor dy, Tensor counts) -> Tensor")
 def _weight_gradient(x: Tensor, dy: Tensor, counts: Tensor) -> Tensor:
     return plain_weight_gradient(x, dy, counts)
 
