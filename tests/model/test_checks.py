@@ -24,8 +24,9 @@ from sextant.axes.attention import (
     Window,
 )
 from sextant.axes.attention.seer import Budget
-from sextant.axes.capacity import Dense
+from sextant.axes.capacity import Dense, Experts
 from sextant.axes.kv import GQA, MLA, ALiBi, NoPE
+from sextant.axes.routing import Bias
 from sextant.axes.stability import MuPInit, SandwichNorm
 from sextant.core.errors import UsageError
 from sextant.model.checks import RULES, check
@@ -49,6 +50,10 @@ BROKEN = {
     "zero_gain_keeps_a_path": (
         GOOD.replace(residual=SandwichNorm(attention_gain=-0.5)),
         ["model.layers[1].residual.attention_gain", "negative", "Use 0 (off at start) or 1"],
+    ),
+    "balance_meets_router": (
+        GOOD.replace(feed_forward=Experts(experts=4, hidden=8, balance=(Bias(),))),
+        ["model.layers[1].feed_forward.balance[0]", "softmax_topk has no selection bias", "Set router.bias: true"],
     ),
     "mup_scales_scores": (
         GOOD.replace(kv=GOOD.kv.replace(head_dim=32)),
