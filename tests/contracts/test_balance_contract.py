@@ -60,7 +60,7 @@ def step(
         loss = balance.loss(seeded(model, i, tokens_T, stream), stream, T)
         if loss.requires_grad:
             loss.backward()
-        total += float(loss)
+        total += loss.item()
     balance.update(model, 0.0)
     grads = {name_: p.grad for name_, p in model.named_parameters() if p.grad is not None}
     return total, grads, [x for name_, x in model.named_buffers() if name_.endswith("value_E")]
