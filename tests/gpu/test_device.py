@@ -8,7 +8,7 @@ from cases import allowed, examples, model_spec, params, random_tokens
 from torch import Tensor
 
 from sextant.axes.attention import TABLE as ATTENTION
-from sextant.axes.attention import Full, Mixer, Window
+from sextant.axes.attention import DSA, Full, Mixer, Window
 from sextant.axes.attention.seer import Density
 from sextant.axes.capacity import Dense, Experts, LatentExperts
 from sextant.axes.kv import GQA, ALiBi, NoPE, RoPE
@@ -82,6 +82,8 @@ def close(got: Tensor, want: Tensor, tolerance: float) -> None:
 def test_fp32_equals_the_cpu(attention, kv, feed_forward):
     """Packed, chunked and step by step: one answer on both devices. TF32 stays off."""
     assert not torch.backends.cuda.matmul.allow_tf32
+    if isinstance(attention, DSA):  # a ReLU leaves scores of nothing, and devices part near-ties at 0 by a rounding
+        attention = without_choice(attention)
     model, on_cpu = (build(attention, kv, feed_forward, device=device) for device in (GPU, "cpu"))
     tokens_T, lengths = random_tokens(23), [7, 1, 0, 15]
     want_TP = run(on_cpu, tokens_T, lengths)
