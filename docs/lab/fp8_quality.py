@@ -137,7 +137,7 @@ def report(cells: dict[tuple[str, int], grid.Cell]) -> str:
 
 
 if __name__ == "__main__":
-    asked = grid.arguments(__doc__, steps=250)
+    asked = grid.arguments(__doc__, steps=200)
     cells = grid.fill(
         asked.out, asked.arms or ARMS, asked.seeds, lambda arm, seed: cell(arm, seed, asked.steps), print
     )

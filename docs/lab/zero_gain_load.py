@@ -102,7 +102,7 @@ def as_csv(cells: dict[tuple[str, int], grid.Cell]) -> str:
 
 
 if __name__ == "__main__":
-    asked = grid.arguments(__doc__, steps=250)
+    asked = grid.arguments(__doc__, steps=400)
     cells = grid.fill(
         asked.out, asked.arms or list(ARMS), asked.seeds, lambda arm, seed: cell(arm, seed, asked.steps), print
     )

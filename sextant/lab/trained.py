@@ -131,8 +131,8 @@ def changed(trained: Trained, model: Transformer, reference: Transformer, tokens
     for batch in trained.heldout():
         ours, theirs = (one(batch.tokens_T, batch.stream).routings for one in (model, reference))
         for layer, routing in ours.items():
-            same_TAA = routing.experts_TA[:, :, None] == theirs[layer].experts_TA[:, None]
-            other[layer] += (~same_TAA.any(-1)).float().mean(-1).sum()
+            new_TA = (routing.experts_TA[..., None] != theirs[layer].experts_TA[:, None]).all(-1)
+            other[layer] += new_TA.float().mean(-1).sum()
         seen += batch.tokens_T.numel()
         if seen >= tokens:
             break
