@@ -41,7 +41,8 @@ def declared(policy: str, seed: int, options: argparse.Namespace) -> Run:
         eval_every=10**6, sample_every=10**6, save_every=10**6, log_every=max(1, options.steps // 10),
     )
     if options.rows:
-        run = run.replace(batch=run.batch.replace(rows=options.rows, micro_rows=min(options.rows, run.batch.micro_rows)))
+        micro_rows = min(options.rows, run.batch.micro_rows)
+        run = run.replace(batch=run.batch.replace(rows=options.rows, micro_rows=micro_rows))
     if options.tiny:
         run = run.replace(
             data=run.data.replace(seq_len=64), batch=run.batch.replace(rows=2, micro_rows=2), eval_tokens=256,

@@ -7,8 +7,8 @@ import torch
 from cases import allowed, examples, model_spec, params, random_tokens
 from torch import Tensor
 
-from sextant.axes.attention import TABLE as ATTENTION
 from sextant.axes.attention import DSA, Full, Mixer, Window
+from sextant.axes.attention import TABLE as ATTENTION
 from sextant.axes.attention.seer import Density
 from sextant.axes.capacity import Dense, Experts, LatentExperts
 from sextant.axes.kv import GQA, ALiBi, NoPE, RoPE

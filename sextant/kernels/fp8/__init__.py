@@ -2,8 +2,8 @@
 
 A CPU restores the numbers and multiplies in fp32, which is exact up to the order of the sum. A GPU takes the first that
 works of torch's scaled product and our Triton kernel (the other way round where counts would have to leave the device),
-else bf16 products of restored numbers. A way is tried on small operands of the same kind first, against the reference; one that raises or is off is
-left out, with a warning.
+else bf16 products of restored numbers. A way is tried on small operands of the same kind first, against the reference;
+one that raises or is off is left out, with a warning.
 """
 
 from __future__ import annotations
