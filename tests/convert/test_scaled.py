@@ -4,7 +4,7 @@ and every fault of a scale refused by name (HF-3, HF-5).
 
 import pytest
 import torch
-from test_mtp import CONFIG, released
+from test_mtp_files import CONFIG, released
 from torch import Tensor
 
 from sextant.convert import import_weights, spec_from_hf

@@ -6,7 +6,6 @@ import pytest
 import torch
 from cases import chunked, random_tokens
 from cases import run as forward
-from conftest import VOCAB, loud, spec
 from torch import Tensor
 from typer.main import get_command
 
@@ -16,7 +15,7 @@ from sextant.cli import app, frame
 from sextant.serve.generate import Generator, Weights, load, lower_weights
 from sextant.serve.sampling import Sampling
 
-KINDS = ["fp8", "int8"]
+KINDS, VOCAB = ["fp8", "int8"], 300
 
 
 def largest(x: Tensor, kind: str) -> Tensor:
@@ -73,8 +72,16 @@ def test_casts_to_its_own_dtype_and_choices_of_matrices_stay_small():
 # --- a model --------------------------------------------------------------------------------------------------------
 
 
-def served(kind: str | None, numerics=BF16()):  # noqa: B008 - frozen
-    return lower_weights(loud(spec().build(numerics, seed=3)).eval(), kind)
+@pytest.fixture
+def served(model):
+    """The small model with its loud weights, as it is served."""
+
+    def made(kind: str | None, numerics=BF16()):  # noqa: B008 - frozen
+        copy = model.spec.build(numerics)
+        copy.load_state_dict(model.state_dict())
+        return lower_weights(copy.eval(), kind)
+
+    return made
 
 
 def off(got: Tensor, want: Tensor) -> float:
@@ -83,7 +90,7 @@ def off(got: Tensor, want: Tensor) -> float:
 
 
 @pytest.mark.parametrize(("kind", "bound"), [("fp8", 0.12), ("int8", 0.03)])
-def test_logits_are_close_to_those_of_bf16(kind, bound):
+def test_logits_are_close_to_those_of_bf16(kind, bound, served):
     """Beside bf16's own distance from fp32 as a scale; likeliest tokens agree where they are clear."""
     tokens_T = random_tokens(60, vocab=VOCAB)
     full, half, small = (forward(served(*how), tokens_T, [60]) for how in ((None, FP32()), (None,), (kind,)))
@@ -96,14 +103,14 @@ def test_logits_are_close_to_those_of_bf16(kind, bound):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_decoding_follows_the_prompt(kind):
+def test_decoding_follows_the_prompt(kind, served):
     model, tokens_T = served(kind, FP32()), random_tokens(24, vocab=VOCAB)
     whole, steps = forward(model, tokens_T, [24]), chunked(model, tokens_T, [7] + [1] * 17)
     torch.testing.assert_close(steps, whole, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_hidden_matrices_alone_are_small_and_no_state_changes(kind):
+def test_hidden_matrices_alone_are_small_and_no_state_changes(kind, served):
     model, plain = served(kind), served(None)
     small = {name for name, parameter in model.named_parameters() if isinstance(parameter, EightBit)}
     assert small == hidden_matrices(model) and len(small) == 20
@@ -115,7 +122,7 @@ def test_hidden_matrices_alone_are_small_and_no_state_changes(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_bytes_are_counted(kind):
+def test_bytes_are_counted(kind, served, tokenizer):
     model, plain = served(kind), served(None)
     named = dict(plain.named_parameters())
     hidden = sum(named[name].numel() for name in hidden_matrices(plain))
@@ -124,20 +131,12 @@ def test_bytes_are_counted(kind):
     assert saved == hidden - scales
     assert Weights.of(plain).count == Weights.of(model).count == sum(p.numel() for p in named.values())
     assert Weights.of(plain).held_bytes == sum(parameter.nbytes for parameter in named.values())
-    generator = Generator(model, load_tokenizer())
+    generator = Generator(model, tokenizer)
     generator.generate(["the cat"], Sampling(max_tokens=2, temperature=0))
     assert generator.stats.weights == Weights.of(model)
 
 
-def load_tokenizer():
-    from conftest import TEXT
-
-    from sextant.data.tokenizer import Tokenizer
-
-    return Tokenizer.train([TEXT * 20], VOCAB)
-
-
-def test_of_a_stack_only_experts_that_are_met_are_restored(monkeypatch):
+def test_of_a_stack_only_experts_that_are_met_are_restored(monkeypatch, served):
     model, restored = served("int8"), []
     plain = EightBit.numbers
     monkeypatch.setattr(EightBit, "numbers", lambda self: restored.append(self.shape) or plain(self))
