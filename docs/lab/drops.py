@@ -1,36 +1,45 @@
 """Can a capacity limit turn the ranking of two designs around?
 
-    python docs/lab/drops.py out/        # about 15 minutes on one core; resumes, and --arms/--seeds share the work
+    python docs/lab/drops.py out/ --seeds 0 1 2 3 4 5     # about 80 minutes on one core; resumes, --arms share the work
 
-A router left free against one held balanced by a strong loss. Both are trained dropless, and with a capacity factor of
-1 that drops late copies. Held-out loss by the rule of training, and by the model's own rule of evaluation (no drops).
+Seven mixtures of equal active parameters (but one), each trained dropless and with a capacity factor of 1 that drops
+late copies. Held-out loss by the rule of training, and by the models' own rule of evaluation (no drops). Looking at all
+pairs finds flips by chance, so from four seeds on the first half of them names the pair and the others judge it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from itertools import permutations
 
 from sextant.axes.capacity import Experts
 from sextant.axes.capacity.experts import ExpertsModule
 from sextant.axes.routing import Auxiliary, Capacity, Dropless, SoftmaxTopK
 from sextant.lab import grid
 from sextant.lab.pictures import curves
-from sextant.lab.trained import mean_and_error, mixture, paired, train
+from sextant.lab.trained import mean_and_error, mixture, train
 from sextant.model.transformer import Transformer
 from sextant.train.run import Run
 
-VARIANTS = {"free": (), "balanced": (Auxiliary(coef=0.1, scope="sequence"),)}
+FREE = Experts(experts=16, hidden=64, router=SoftmaxTopK(top_k=2, normalize=True))
+VARIANTS = {
+    "free": FREE,
+    "light": FREE.replace(balance=(Auxiliary(coef=0.01, scope="micro_batch"),)),
+    "even": FREE.replace(balance=(Auxiliary(coef=0.1, scope="sequence"),)),
+    "strict": FREE.replace(balance=(Auxiliary(coef=0.3, scope="sequence"),)),
+    "fine": FREE.replace(experts=32, hidden=32, router=SoftmaxTopK(top_k=4, normalize=True)),
+    "shared": FREE.replace(router=SoftmaxTopK(top_k=1), shared=64),
+    "wide": FREE.replace(hidden=96),
+}
+"""No balance; three strengths of it; smaller experts; one that every token meets; half as much again of everything."""
 RULES = {"dropless": Dropless(), "capacity": Capacity(factor=1.0)}
 ARMS = [f"{variant} {rule}" for rule in RULES for variant in VARIANTS]
 
 
 def run(arm: str, steps: int) -> Run:
     variant, rule = arm.split()
-    router = SoftmaxTopK(top_k=2, normalize=True)
-    experts = Experts(experts=16, hidden=64, router=router, balance=VARIANTS[variant], overflow=RULES[rule])
-    return mixture(experts, steps=steps)
+    return mixture(VARIANTS[variant].replace(overflow=RULES[rule]), steps=steps)
 
 
 @contextmanager
@@ -57,30 +66,47 @@ def cell(arm: str, seed: int, steps: int) -> grid.Cell:
     return {"loss": done.loss, "ruled": ruled, **late, "curve": done.curve()}
 
 
-def report(cells: dict[tuple[str, int], grid.Cell]) -> str:
-    """Markdown: variants by rule, and what being free is worth under each; below 0 the free router is better."""
+Cells = dict[tuple[str, int], grid.Cell]
+
+
+def gap(cells: Cells, a: str, b: str, rule: str, seeds: Sequence[int]) -> tuple[float, float]:
+    """Loss of ``a`` minus that of ``b`` by the rule of training, and its standard error; below 0, ``a`` is better."""
+    return mean_and_error([cells[f"{a} {rule}", seed]["ruled"] - cells[f"{b} {rule}", seed]["ruled"] for seed in seeds])
+
+
+def flips(cells: Cells, seeds: Sequence[int]) -> list[tuple[str, str]]:
+    """Pairs of which the first is better dropless and the second with drops, the surest first."""
+
+    def sureness(pair: tuple[str, str]) -> float:
+        (without, error), (dropping, other) = (gap(cells, *pair, rule, seeds) for rule in RULES)
+        return min(-without / max(error, 1e-9), dropping / max(other, 1e-9))
+
+    return sorted((pair for pair in permutations(VARIANTS, 2) if sureness(pair) > 0), key=sureness, reverse=True)
+
+
+def report(cells: Cells) -> str:
+    """Markdown: losses of every arm, then the pairs that flip."""
     seeds = sorted({seed for _, seed in cells})
     names = {"ruled": "loss, rule of training", "loss": "loss, no drops", "drop_rate": "dropped", "max_vio": "MaxVio"}
     lines = [f"| arm | {' | '.join(names.values())} |", "|---" * (len(names) + 1) + "|"]
     for arm in dict.fromkeys(arm for arm, _ in cells):
-        shown = [mean_and_error([cells[arm, seed][name] for seed in seeds])[0] for name in names]
-        lines.append(f"| {arm} | " + " | ".join(f"{value:.4f}" for value in shown) + " |")
-    lines += ["\n| free minus balanced | rule of training | no drops |", "|---|---|---|"]
-    for rule in RULES:
-        gaps = [paired(cells, f"free {rule}", f"balanced {rule}", name) for name in ("ruled", "loss")]
-        lines.append(f"| {rule} | " + " | ".join(f"{mean:+.4f} ± {error:.4f}" for mean, error in gaps) + " |")
+        shown = [mean_and_error([cells[arm, seed][name] for seed in seeds]) for name in names]
+        lines.append(f"| {arm} | " + " | ".join(f"{mean:.4f} ± {error:.4f}" for mean, error in shown) + " |")
+    half = len(seeds) // 2 if len(seeds) > 3 else len(seeds)
+    lines += ["\n| pair | seeds | first minus second, dropless | with drops |", "|---" * 4 + "|"]
+    for pair in flips(cells, seeds[:half])[:5]:
+        for some in filter(None, (seeds[:half], seeds[half:])):
+            gaps = [gap(cells, *pair, rule, some) for rule in RULES]
+            shown = " | ".join(f"{mean:+.4f} ± {error:.4f}" for mean, error in gaps)
+            lines.append(f"| {', '.join(pair)} | {' '.join(map(str, some))} | {shown} |")
     return "\n".join(lines)
 
 
-def draw(path: Path, cells: dict[tuple[str, int], grid.Cell]) -> None:
-    curves(path, cells, ylabel="training loss, nats", title="Free and balanced routers, with and without drops")
-
-
 if __name__ == "__main__":
-    asked = grid.arguments(__doc__, steps=300)
+    asked = grid.arguments(__doc__, steps=600)
     cells = grid.fill(
         asked.out, asked.arms or ARMS, asked.seeds, lambda arm, seed: cell(arm, seed, asked.steps), print
     )
     if not asked.arms:
         print(report(cells))
-        draw(asked.out / "drops.png", cells)
+        curves(asked.out / "drops.png", cells, ylabel="training loss, nats", title="With and without drops")
