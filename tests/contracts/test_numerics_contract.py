@@ -1,7 +1,7 @@
 """What every dtype policy promises: causal, packed apart, repeatable, finite, and gradients along those of fp32.
 
-Which tensor is in which dtype is read off a real step in ``axes/test_numerics.py``; casts and scales are held by
-``kernels/test_fp8.py`` and ``axes/test_fp8.py``.
+Which tensor is in which dtype is read off a real step in ``train/test_audit.py``; casts and scales are held by
+``kernels/test_fp8_kernels.py`` and ``axes/test_fp8.py``.
 """
 
 from __future__ import annotations
