@@ -90,6 +90,15 @@ def test_every_hidden_matrix_is_met_in_all_three_products(monkeypatch):
     assert {matrix: set(found[matrix]) for matrix in hidden} == {matrix: set(audits.KINDS) for matrix in hidden}
 
 
+@pytest.mark.parametrize("recipe", ["deepseek-v3", "mai-base-1", "minimax-text-01", "nsa-27b", "seer-attention"])
+def test_twins_keep_the_policy(recipe):
+    """Latent attention and prediction modules, latent experts, linear mixers, parts of their own, fp32 gates."""
+    twin = recipes.get(recipe).twin().replace(numerics=FP8Blocks())
+    lines = audit(twin, twin.model.build(twin.numerics, seed=1))
+    assert all(line.met == ("e4m3",) for line in lines if line.tensor in KINDS)
+    require(lines)
+
+
 @pytest.mark.parametrize("optimiser", params([AdamW(moments="bf16"), Muon(adamw=AdamW(moments="bf16"))]))
 def test_low_moments_are_declared_by_the_optimiser(optimiser):
     line = read(run(optimiser=optimiser))["optimiser state"]
