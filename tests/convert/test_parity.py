@@ -195,6 +195,8 @@ def test_training_loss_with_balance(name: str, tmp_path):
     case = replace(CASES[name], config=CASES[name].config | ONE_LAYER[name])
     pair = make_pair(case, tmp_path / "model")
     tokens_BT = tokens(2, 31)
+    if name == "dbrx" and not pair.theirs(tokens_BT, output_router_logits=True).router_logits:
+        pytest.skip("this version of transformers collects no router logits of DBRX, and its training loss fails")
     theirs = pair.theirs(tokens_BT, labels=tokens_BT, output_router_logits=True)
     stream = Stream.of_lengths([31, 31])
     out = pair.ours(tokens_BT.flatten(), stream)

@@ -131,12 +131,12 @@ def on_rank(rank: int, folder: str) -> None:
 
 def test_two_ranks_of_half_a_batch_equal_one(tmp_path):
     """MAI-Base-1, section 9.4: two processes over gloo, loss, gradients and biases."""
-    context = torch.multiprocessing.get_context("fork")
+    context = torch.multiprocessing.get_context("spawn")  # a fork would inherit autograd's threads
     ranks = [context.Process(target=on_rank, args=(rank, str(tmp_path))) for rank in range(2)]
     for process in ranks:
         process.start()
     for process in ranks:
-        process.join(60)
+        process.join(120)
         assert process.exitcode == 0
     for name, parts in ROUTERS.items():
         whole = step_of(spec_of(*parts), some_tokens(4), 4)
