@@ -1,8 +1,8 @@
 """Can a capacity limit turn the ranking of two designs around?
 
-    python docs/lab/drops.py out/ --seeds 0 1 2 3 4 5     # about 55 minutes on one core; resumes, --arms share the work
+    python docs/lab/drops.py out/ --seeds 0 1 2 3 4 5     # about an hour on one core; resumes, --arms share the work
 
-Seven sandwich-norm mixtures of equal active parameters (but one), each trained dropless and with a capacity factor of 1
+Eight sandwich-norm mixtures of equal active parameters (but two), each trained dropless and with a capacity factor of 1
 that drops late copies. Held-out loss by the rule of training, and by the models' own rule of evaluation (no drops).
 Looking at all pairs finds flips by chance, so from four seeds on the first half of them names the pairs and the others
 judge them.
@@ -32,10 +32,11 @@ VARIANTS = {
     "even": FREE.replace(balance=(Auxiliary(coef=0.1, scope="sequence"),)),
     "fine": FREE.replace(experts=32, hidden=32, router=SoftmaxTopK(top_k=4, normalize=True)),
     "shared": FREE.replace(router=SoftmaxTopK(top_k=1), shared=64),
-    "wide": FREE.replace(hidden=96),
+    "wide": FREE.replace(hidden=80),
+    "wider": FREE.replace(hidden=96),
 }
 """No balance; attention that starts at gain 0, which keeps load even for a while; two strengths of balance; smaller
-experts; one that every token meets; half as much again of everything."""
+experts; one that every token meets; a quarter as much again of every expert, and a half."""
 RULES = {"dropless": Dropless(), "capacity": Capacity(factor=1.0)}
 ARMS = [f"{variant} {rule}" for rule in RULES for variant in VARIANTS]
 
