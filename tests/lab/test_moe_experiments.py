@@ -117,8 +117,8 @@ def test_a_flip_is_named_by_half_of_the_seeds_and_judged_by_the_others():
     assert {first for first, _ in lab.flips(cells, [0, 1])} == {"free"}
     assert len(lab.flips(cells, [0, 1])) == len(lab.VARIANTS) - 1
     rows = lab.report(cells).splitlines()
-    assert "| free, light | 0 1 | -1.0050 ± 0.0050 | +7.9950 ± 0.0050 |" in rows
-    assert "| free, light | 2 3 | -1.0250 ± 0.0050 | +7.9750 ± 0.0050 |" in rows
+    assert "| free, quiet | 0 1 | -1.0050 ± 0.0050 | +7.9950 ± 0.0050 |" in rows
+    assert "| free, quiet | 2 3 | -1.0250 ± 0.0050 | +7.9750 ± 0.0050 |" in rows
 
 
 def test_paired_differences_and_their_standard_errors():
