@@ -17,6 +17,7 @@ from sextant.axes.capacity import Dense
 from sextant.axes.kv import GQA
 from sextant.data.loader import heldout
 from sextant.lab import grid
+from sextant.lab.pictures import bars
 from sextant.lab.selection import look
 from sextant.model.spec import ModelSpec, stack
 from sextant.train.folder import RunFolder
@@ -78,3 +79,6 @@ if __name__ == "__main__":
     )
     if not asked.arms:
         table(cells)
+        names = {"read": "a head reads", "union": "distinct, per KV head", "union_by_chance": "by chance"}
+        title = "What a decoding step reads"
+        bars(asked.out / "moba-decode.png", cells, names, ylabel="blocks per query", title=title)

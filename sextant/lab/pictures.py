@@ -26,10 +26,41 @@ def curves(
         axes.plot(steps, values, color=f"C{arms.index(arm)}", alpha=0.8, linewidth=1, label=label)
     axes.grid(alpha=0.3)
     axes.legend()
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=120, bbox_inches="tight")
-    fs.write_bytes(path, image.getvalue())
+    _save(figure, path)
     lines = [
         f"{arm},{seed}," + ",".join(map(str, point)) for (arm, seed), cell in cells.items() for point in cell["curve"]
     ]
     fs.write_text(path.with_suffix(".csv"), "\n".join(["arm,seed,step,loss,right", *lines]) + "\n")
+
+
+def bars(
+    path: Path, cells: Mapping[tuple[str, int], Mapping[str, Any]], names: Mapping[str, str], *, ylabel: str, title: str
+) -> None:
+    """A PNG of single numbers: a group of bars per arm with a dot per seed, and a CSV beside it.
+
+    Args:
+        names: keys of a cell, and what the legend calls them.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4))
+    axes = figure.add_subplot(ylabel=ylabel, title=title)
+    arms, width = list(dict.fromkeys(arm for arm, _ in cells)), 0.8 / len(names)
+    for index, (key, label) in enumerate(names.items()):
+        values = [[cell[key] for (name, _), cell in cells.items() if name == arm] for arm in arms]
+        places = [place + (index - (len(names) - 1) / 2) * width for place in range(len(arms))]
+        axes.bar(places, [sum(own) / len(own) for own in values], width, label=label, color=f"C{index}", alpha=0.6)
+        for place, own in zip(places, values, strict=True):
+            axes.plot([place] * len(own), own, ".", color="black", markersize=4)
+    axes.set_xticks(range(len(arms)), arms)
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend()
+    _save(figure, path)
+    lines = [f'"{arm}",{seed},' + ",".join(str(cell[key]) for key in names) for (arm, seed), cell in cells.items()]
+    fs.write_text(path.with_suffix(".csv"), "\n".join([",".join(["arm", "seed", *names]), *lines]) + "\n")
+
+
+def _save(figure: Any, path: Path) -> None:
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=120, bbox_inches="tight")
+    fs.write_bytes(path, image.getvalue())
