@@ -1,6 +1,7 @@
 """What all tests share: one thread, one seed per test, and no GPU tests where there is no GPU."""
 
 import os
+import signal
 
 import pytest
 import torch
@@ -22,8 +23,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Small tensors gain nothing from threads, and workers beside each other lose by them."""
+    """Small tensors gain nothing from threads, and workers beside each other lose by them.
+
+    A shell lets its background jobs ignore SIGINT, and children inherit that: tests of Ctrl-C want it heard.
+    """
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
