@@ -47,11 +47,6 @@ HIDDEN = frozenset({Role.ATTENTION_IN, Role.ATTENTION_OUT, Role.FF_IN, Role.FF_O
 """Roles of matrices whose products a policy of numerics may lower further than the rest."""
 
 
-def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """``weight.to(dtype)``; a decoding step feels a call that changes nothing."""
-    return weight if weight.dtype == dtype else weight.to(dtype)
-
-
 class Linear(nn.Module):
     """``y = x W^T (+ b)`` with ``weight`` [out, in]; computes in the dtype of ``x``, or as its product does.
 
@@ -76,7 +71,7 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
         if self.product is None:
-            return F.linear(x, cast(self.weight, x.dtype), bias)
+            return F.linear(x, self.weight.to(x.dtype), bias)
         y = self.product(x, self.weight[None])
         return y if bias is None else y + bias
 
@@ -109,7 +104,7 @@ class Joined(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """What each layer gives, as views of one tensor."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, cast(self.weight, x.dtype), bias).split_with_sizes(self.widths, -1)
+        return F.linear(x, self.weight.to(x.dtype), bias).split_with_sizes(self.widths, -1)
 
 
 @runtime_checkable
