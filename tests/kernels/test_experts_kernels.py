@@ -10,6 +10,7 @@ from sextant.kernels.grouped import (
     grouped_linear_reference,
     grouped_swiglu,
     grouped_swiglu_reference,
+    padded_grouped_mm,
 )
 from sextant.kernels.permute import Plan, combine, dispatch, plan
 from sextant.kernels.permute.rounds import in_rounds
@@ -52,6 +53,21 @@ def test_grouped_linear_takes_a_transposed_gradient():
     want = torch.autograd.grad((grouped_linear_reference(x, w, counts_E).t() * weight).sum(), (x, w))
     close(got[0], want[0], 1e-13)
     close(got[1], want[1], 1e-13)
+
+
+@pytest.mark.parametrize("widths", [(12, 20), (16, 8), (13, 7)], ids=str)
+@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
+def test_a_device_s_product_takes_any_widths_and_no_rows(counts, widths):
+    """Its library wants multiples of 16 bytes and at least one row; here it runs on a CPU, by the same lines."""
+    x = torch.randn(sum(counts), widths[0], dtype=torch.bfloat16, requires_grad=True)
+    w = torch.randn(len(counts), *widths, dtype=torch.bfloat16, requires_grad=True)
+    counts_E, weight = torch.tensor(counts), torch.randn(sum(counts), widths[1], dtype=torch.bfloat16)
+    y_NF, want_NF = padded_grouped_mm(x, w, counts_E), grouped_linear_reference(x, w, counts_E)
+    assert y_NF.shape == want_NF.shape
+    got = [y_NF, *torch.autograd.grad(y_NF, (x, w), weight)]
+    want = [want_NF, *torch.autograd.grad(want_NF, (x, w), weight)]
+    for g, r in zip(got, want, strict=True):
+        close(g.double(), r.double(), 2e-2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

@@ -119,13 +119,24 @@ def grouped_linear(x_ND: Tensor, weight_EDF: Tensor, counts_E: Tensor) -> Tensor
     """
     weight_EDF = weight_EDF.to(x_ND.dtype)
     if x_ND.is_cuda and x_ND.dtype == torch.bfloat16:
-        return F.grouped_mm(x_ND, weight_EDF, offs=counts_E.cumsum(0, dtype=torch.int32))
+        return padded_grouped_mm(x_ND, weight_EDF, counts_E)
     if torch.compiler.is_compiling():  # compilers follow plain operations best
         return grouped_linear_reference(x_ND, weight_EDF, counts_E)
     counts = counts_E.tolist()
     if torch.is_grad_enabled():
         return _Loop.apply(x_ND, weight_EDF, counts)  # type: ignore[return-value]
     return _products(x_ND, weight_EDF, counts)
+
+
+def padded_grouped_mm(x_ND: Tensor, weight_EDF: Tensor, counts_E: Tensor) -> Tensor:
+    """torch's grouped product, which wants some rows, and widths that are multiples of 16 bytes: zeros fill them up."""
+    if not len(x_ND):
+        return x_ND @ weight_EDF[0]
+    depth, width = weight_EDF.shape[1:]
+    deeper, wider = -depth % 8, -width % 8
+    if deeper or wider:
+        x_ND, weight_EDF = F.pad(x_ND, (0, deeper)), F.pad(weight_EDF, (0, wider, 0, deeper))
+    return F.grouped_mm(x_ND, weight_EDF, offs=counts_E.cumsum(0, dtype=torch.int32))[:, :width]
 
 
 def grouped_swiglu_reference(x_ND: Tensor, up_EDF: Tensor, down_EFD: Tensor, counts_E: Tensor) -> Tensor:
