@@ -2,6 +2,7 @@
 
     python bench/fp8_train.py --out bench/results/fp8_train.json            # on a GPU: 500 steps, seeds 0 1 2
     python bench/fp8_train.py --device cpu --tiny --steps 4 --seeds 0 --out dry.json # the same script, tiny
+    python bench/fp8_train.py --profile --seeds 0 --out profile.json        # three steps of each under the profiler
 
 Each run is a process of its own, so that memory and compiled code are its own. The file is written after each run;
 runs that it already holds are not repeated.
@@ -21,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 from sextant import recipes
 from sextant.axes.numerics import BF16, AnyNumerics, FP8Blocks, FP8Delayed
@@ -31,10 +34,12 @@ from sextant.train.run import Run
 
 POLICIES: dict[str, AnyNumerics] = {"bf16": BF16(), "fp8_delayed": FP8Delayed(), "fp8_blocks": FP8Blocks()}
 RECIPE, TINY = "moe-400m-a100m", "mai-base-1"
+PROFILED = 3
+"""Steps under the profiler."""
 
 
 def declared(policy: str, seed: int, options: argparse.Namespace) -> Run:
-    """The recipe's run with another policy and seed; neither evaluated nor saved before its end."""
+    """The recipe's run with another policy and seed; evaluated at its end, never saved."""
     run = recipes.get(TINY if options.tiny else RECIPE).twin()
     run = run.replace(
         numerics=POLICIES[policy], seed=seed, steps=options.steps, compile=not (options.eager or options.tiny),
@@ -58,18 +63,47 @@ def measured(policy: str, seed: int, options: argparse.Namespace) -> dict[str, A
             trainer = Trainer(declared(policy, seed, options), folder, options.device)
             while trainer.step < options.steps:
                 trainer._advance()
+            heldout = trainer._evaluate(None)
         lines = (Path(where) / policy / "metrics.jsonl").read_text().splitlines()
     steps = [json.loads(line) for line in lines]
     warm = steps[len(steps) // 10 :]
     return {
         "policy": policy, "seed": seed, "recipe": trainer.run.name, "steps": len(steps), "compile": trainer.run.compile,
         "tokens_per_step": steps[0]["tokens"], "losses": [round(step["loss"], 5) for step in steps],
-        "saturated": [step["saturated"] for step in steps], "paths": fp8.paths(), "peak_bytes": steps[-1]["memory"],
+        "heldout": round(heldout.loss, 5), "saturated": [step["saturated"] for step in steps], "paths": fp8.paths(),
+        "peak_bytes": steps[-1]["memory"],
         "tokens_per_second": statistics.median(step["tokens_per_second"] for step in warm),
         "mfu": statistics.median(step["mfu"] or 0.0 for step in warm), "first_step_seconds": steps[0]["seconds"],
         "wall_seconds": time.monotonic() - began, "device": device_name(options.device), "torch": torch.__version__,
         "python": platform.python_version(),
     }
+
+
+def profiled(policy: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Where three steps spend their time after ten others: busy time of the device, launches, and the largest shares."""
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (options.device == "cuda")
+    with tempfile.TemporaryDirectory() as where, RunFolder(Path(where) / policy) as folder:
+        trainer = Trainer(declared(policy, seed, options), folder, options.device)
+        while trainer.step < options.steps:
+            trainer._advance()
+        with profile(activities=activities) as seen:
+            for _ in range(PROFILED):
+                trainer._advance()
+    averages = seen.key_averages()
+    kernels = [event for event in averages if event.device_type == DeviceType.CUDA]
+    here = [event for event in averages if event.device_type == DeviceType.CPU]
+    return {
+        "policy": policy, "seed": seed, "steps": options.steps,
+        "busy_ms": sum(event.self_device_time_total for event in kernels) / 1e3 / PROFILED,
+        "launches": sum(event.count for event in kernels) // PROFILED,
+        "kernels": largest(kernels, "self_device_time_total"), "host": largest(here, "self_cpu_time_total"),
+    }
+
+
+def largest(events: list[Any], by: str, count: int = 25) -> list[tuple[str, float, int]]:
+    """Name, milliseconds a step, calls a step."""
+    events = sorted(events, key=lambda event: -getattr(event, by))[:count]
+    return [(event.key[:100], round(getattr(event, by) / 1e3 / PROFILED, 3), event.count // PROFILED) for event in events]
 
 
 def device_name(device: str) -> str:
@@ -85,6 +119,7 @@ def in_a_process(policy: str, seed: int, options: argparse.Namespace) -> dict[st
             options.device, "--out", str(result), *(["--tiny"] if options.tiny else []),
             *(["--rows", str(options.rows)] if options.rows else []),
             *(["--eager"] if options.eager else []), *(["--way", options.way] if options.way else []),
+            *(["--profile"] if options.profile else []),
         ]
         subprocess.run(command, check=True)
         return json.loads(result.read_text())
@@ -99,12 +134,12 @@ def written(path: Path, rows: list[dict[str, Any]]) -> None:
 def summary(rows: list[dict[str, Any]]) -> str:
     """A table: mean of the last tenth of the losses, speed beside bf16's."""
     base = [row["tokens_per_second"] for row in rows if row["policy"] == "bf16"]
-    lines = [f"{'policy':12} {'seed':>4} {'last loss':>9} {'tok/s':>9} {'x bf16':>6} {'mfu':>5} {'GiB':>5} saturated"]
+    lines = [f"{'policy':12} {'seed':>4} {'last loss':>9} {'held out':>8} {'tok/s':>9} {'x bf16':>6} {'mfu':>5} {'GiB':>5} saturated"]
     for row in rows:
         last = statistics.fmean(row["losses"][-max(1, len(row["losses"]) // 10) :])
         ratio = f"{row['tokens_per_second'] / statistics.median(base):.2f}" if base else "-"
         lines.append(
-            f"{row['policy']:12} {row['seed']:4} {last:9.4f} {row['tokens_per_second']:9.0f} {ratio:>6} "
+            f"{row['policy']:12} {row['seed']:4} {last:9.4f} {row['heldout']:8.4f} {row['tokens_per_second']:9.0f} {ratio:>6} "
             f"{100 * row['mfu']:4.0f}% {row['peak_bytes'] / 2**30:5.1f} {sum(row['saturated'])}"
         )
     return "\n".join(lines)
@@ -121,6 +156,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="the twin of MAI-Base-1 with 2 rows of 64 tokens")
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
     parser.add_argument("--way", choices=list(fp8.WAYS), help="how FP8 products run; default: the first that works")
+    parser.add_argument("--profile", action="store_true", help="three steps under the profiler after --steps others")
     parser.add_argument("--one", nargs=2, metavar=("POLICY", "SEED"), help="one run in this process")
     return parser.parse_args()
 
@@ -129,7 +165,8 @@ def main() -> None:
     options = parsed()
     if options.one:
         fp8.only(options.way)
-        options.out.write_text(json.dumps(measured(options.one[0], int(options.one[1]), options)))
+        job = profiled if options.profile else measured
+        options.out.write_text(json.dumps(job(options.one[0], int(options.one[1]), options)))
         return
     rows = json.loads(options.out.read_text())["rows"] if options.out.exists() else []
     held = {(row["policy"], row["seed"], row["steps"]) for row in rows}
@@ -138,6 +175,8 @@ def main() -> None:
             if (policy, seed, options.steps) not in held:
                 rows.append(in_a_process(policy, seed, options))
                 written(options.out, rows)
+    if options.profile:
+        return
     print(summary(rows))
     for kind, way in sorted({item for row in rows for item in row["paths"].items()}):
         print(f"{kind}: {way}")
