@@ -1,5 +1,9 @@
 """The phone book asks only for what it told, far enough away; a small model learns its first lesson."""
 
+import importlib.util
+import math
+from pathlib import Path
+
 import torch
 
 from sextant.axes.attention import Full
@@ -9,6 +13,17 @@ from sextant.axes.stability import NormalInit, RMSNorm
 from sextant.lab import grid
 from sextant.lab.recall import PhoneBook, learn
 from sextant.model.spec import ModelSpec, stack
+
+NEEDLE = Path(__file__).resolve().parents[2] / "docs" / "lab" / "needle.py"
+
+
+def tiny(names: int) -> ModelSpec:
+    """A model of two layers for books with so many names."""
+    kv = GQA(heads=2, kv_heads=2, head_dim=16, qk_norm=RMSNorm())
+    layers = stack(2, attention=Full(), kv=kv, feed_forward=Dense(hidden=32))
+    return ModelSpec(
+        name="tiny", vocab=1 + 2 * names, width=32, context=64, layers=layers, init=NormalInit(std=0.1)
+    )
 
 
 def test_every_answer_stands_in_the_book():
@@ -33,13 +48,44 @@ def test_fewer_scored_answers_and_another_habit():
 
 
 def test_a_lesson_is_learnt_and_seeds_repeat():
-    kv = GQA(heads=2, kv_heads=2, head_dim=16, qk_norm=RMSNorm())
-    layers = stack(2, attention=Full(), kv=kv, feed_forward=Dense(hidden=32))
-    spec = ModelSpec(name="tiny", vocab=9, width=32, context=64, layers=layers, init=NormalInit(std=0.1))
     task = PhoneBook(pairs=2, book=4, gap=0, names=4)
-    curves = [learn(spec.build(seed=0), [task], 60, 0, rows=16, rate=1e-2) for _ in range(2)]
+    curves = [learn(tiny(4).build(seed=0), [task], 60, 0, rows=16, rate=1e-2) for _ in range(2)]
     assert curves[0] == curves[1]
     assert curves[0][-1][1] < 0.8 * curves[0][0][1]
+
+
+def test_patience_ends_only_who_stays_in_the_first_lesson():
+    """With one name there is nothing to choose and the first lesson is over at once; with eight it is not."""
+    hard, trivial = (PhoneBook(pairs=pairs, book=2 * pairs, gap=0, names=names) for pairs, names in ((4, 8), (1, 1)))
+
+    def curve(lessons: list[PhoneBook], patience: float) -> list:
+        return learn(tiny(8).build(seed=0), lessons, 60, 0, rows=4, every=5, patience=patience)
+
+    assert [point[0] for point in curve([hard, trivial], 12)] == [5, 10, 12]
+    assert curve([hard, trivial], 12)[:2] == curve([hard, trivial], math.inf)[:2]
+    assert curve([trivial, hard], 30) == curve([trivial, hard], math.inf) and curve([trivial, hard], 30)[-1][0] == 60
+
+
+def test_a_needle_model_begins_again_until_a_start_leaves_the_first_lesson(monkeypatch):
+    found = importlib.util.spec_from_file_location("needle", NEEDLE)
+    lab = importlib.util.module_from_spec(found)
+    found.loader.exec_module(lab)
+    learnt = []
+
+    def learn_like(leaving: int):
+        def learn(model, lessons, steps, seed, *, patience=math.inf, **rest):
+            learnt.append((seed, patience))
+            return [(700, 0.1, 1.0)] if len(learnt) == leaving else [(min(patience, steps), 2.0, 0.0)]
+
+        learnt.clear()
+        return learn
+
+    monkeypatch.setattr(lab, "learn", learn_like(2))
+    assert lab.run("full", 5, 1500)["starts"] == 2 and learnt == [(5, 600), (105, 600)]
+    monkeypatch.setattr(lab, "learn", learn_like(0))
+    cell = lab.run("window", 5, 1500)
+    assert cell["starts"] == 4 and learnt[-1] == (305, 1500) and cell["curve"] == [(1500, 2.0, 0.0)]
+    assert lab.run("window", 5, 300)["starts"] == 1  # fewer steps than patience: one start has them all
 
 
 def test_cells_are_run_once(tmp_path):
