@@ -2,7 +2,10 @@
 
 import bisect
 import math
+import os
 import warnings
+from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -18,10 +21,13 @@ from sextant.kernels.fp8 import (
     blocks,
     columns_product,
     quantise,
+    remembered,
     rows_product,
     tiles,
+    tiles_down,
     whole,
 )
+from sextant.kernels.fp8.reference import columns_reference, rows_reference
 
 BITS = {"e4m3": (3, 7), "e5m2": (2, 15)}
 """Digits of the mantissa, and the bias of the exponent."""
@@ -198,6 +204,44 @@ def test_powers_of_two_stay():
     assert fp8.restoring(amax, E4M3, 1e-4, power_of_two=True).tolist() == [1.0, 0.5, 2.0**-20, 2.0]
 
 
+@pytest.mark.parametrize("counts", [[0, 131, 3, 0, 1], [128, 0, 256], [0, 0], [7]], ids=str)
+def test_tiles_of_experts_begin_with_their_rows(counts):
+    """Each expert's rows tiled down alone, one after another; what is left is zero."""
+    x = torch.randn(sum(counts), 40)
+    got, start = tiles_down(x, counts_E=torch.tensor(counts)), 0
+    assert got.values.shape == (40, 128 * (sum(counts) // 128 + len(counts)))
+    for part in x.split(counts):
+        want = tiles_down(part)
+        stop = start + want.values.shape[1]
+        here = Scaled(got.values[:, start:stop], got.scale[:, start // 128 : stop // 128], (1, 128))
+        assert same(here, want)
+        start = stop
+    assert (got.values[:, start:].float() == 0).all()
+
+
+def state_of(*scales: float) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.tensor(scales), torch.zeros(len(scales)), torch.zeros(len(scales), dtype=torch.int64)
+
+
+def test_a_state_notes_what_was_cast():
+    """Largest magnitudes over two tensors, counts of both; the other columns stay; unrecorded casts leave no trace."""
+    state, first, second = state_of(1.0, 3.0, 0.0), torch.randn(40, 50) * 200, torch.randn(30, 20) * 100
+    for x in (first, second):
+        remembered(x, E4M3, 1, state, True)
+    kept = [part.clone() for part in state]
+    remembered(first * 9, E4M3, 1, state, False)
+    assert state[1].tolist() == [0.0, first.abs().max().item(), 0.0]
+    assert state[2].tolist() == [0, sum(whole(x, state[0][1], E4M3)[1].item() for x in (first, second)), 0]
+    assert state[2][1] > 0 and all(torch.equal(a, b) for a, b in zip(state, kept, strict=True))
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_without_a_history_the_largest_value_is_the_scale(form):
+    x = torch.randn(40, 50) * 1e-6
+    got = remembered(x, form, 0, state_of(0.0), True)
+    assert same(got, whole(x, form.max / x.abs().max(), form)[0]) and got.values.float().abs().max() == form.max
+
+
 # --- products -------------------------------------------------------------------------------------------------------
 
 
@@ -311,3 +355,96 @@ def test_fp8_4_promotion_reduces_the_error_of_short_sums():
     products_DN, want = (x * w).t(), (x * w).double().sum(1)
     long, short = (((accumulated(products_DN, p) - want).abs() / want).max().item() for p in (4096, 128))
     assert short < 0.25 * long and long > 1e-3
+
+
+# --- Triton's kernels in its interpreter, where there is one ----------------------------------------------------------
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs Triton and TRITON_INTERPRET=1")
+
+
+def casts():
+    return pytest.importorskip("sextant.kernels.fp8.triton_casts")
+
+
+def wide(form):
+    """The format with numbers kept in fp32: the interpreter rounds ties otherwise than devices, so torch rounds."""
+    return replace(form, dtype=torch.float32)
+
+
+def agree(got: Scaled, want: Scaled) -> None:
+    values, nan = got.values.to(want.values.dtype), want.values.float().isnan()
+    assert got.values.is_contiguous() and values.shape == want.values.shape and got.scale.shape == want.scale.shape
+    assert torch.equal(values.float().isnan(), nan)
+    assert torch.equal(values.view(torch.uint8)[~nan], want.values.view(torch.uint8)[~nan])
+    assert torch.equal(got.scale.nan_to_num(7.0), want.scale.nan_to_num(7.0)) and got.tile == want.tile
+
+
+def shapes_as_they_lie() -> list[Tensor]:
+    """Contiguous and transposed, short edges, stacks; outliers, so that groups differ."""
+    x, stack = torch.randn(130, 257), torch.randn(3, 40, 129)
+    x[:, 3] *= 1e4
+    stack[1] *= 1e-6
+    return [x, x.t(), stack, stack.mT, x[:1], x[::3, ::2], torch.zeros(5, 7)]
+
+
+@interpreted
+@pytest.mark.parametrize("form", FORMATS)
+def test_triton_whole(form):
+    for x in [adversarial(form), *shapes_as_they_lie()]:
+        (got, over), (want, count) = casts().whole(x, torch.tensor(3.7), wide(form)), whole(x, torch.tensor(3.7), form)
+        agree(got, want)
+        assert over == count
+
+
+@interpreted
+@pytest.mark.parametrize("record", [True, False])
+@pytest.mark.parametrize("scale", [0.0, 250.0])
+@pytest.mark.parametrize("form", FORMATS)
+def test_triton_remembered(form, scale, record):
+    """Largest value and count as the reference notes them, from two tensors; NaN and infinity too."""
+    odd = [torch.full((3, 5), math.inf), torch.tensor([[1.0, math.nan, -math.inf]])]
+    for column, x in enumerate(shapes_as_they_lie() + odd):
+        got, want = state_of(*[scale] * 9), state_of(*[scale] * 9)
+        for part in (x, x * 2):
+            agree(casts().remembered(part, wide(form), column, got, record),
+                  remembered(part, form, column, want, record))
+        assert all(torch.equal(a.nan_to_num(-1), b.nan_to_num(-1)) for a, b in zip(got, want, strict=True))
+        assert bool(want[1].isnan().any() or want[1].sum() > 0) is (record and bool((x != 0).any()))
+
+
+@interpreted
+@pytest.mark.parametrize("power_of_two", [False, True])
+@pytest.mark.parametrize("form", FORMATS)
+def test_triton_groups(form, power_of_two):
+    odd = torch.randn(4, 300)
+    odd[0, 3], odd[1, 140], odd[2, 290] = math.nan, math.inf, -math.inf
+    for x in [*shapes_as_they_lie(), odd]:
+        for floor in (fp8.FLOOR, GRADIENT_FLOOR):
+            agree(casts().tiles(x, wide(form), floor, power_of_two), tiles(x, form, floor, power_of_two))
+        agree(casts().blocks(x, wide(form), power_of_two), blocks(x, form, power_of_two))
+
+
+@interpreted
+@pytest.mark.parametrize("counts", [None, [0, 131, 3, 0, 1], [128, 0, 256], [0, 0, 5], [0] * 17 + [130]], ids=str)
+def test_triton_tiles_down(counts):
+    x = torch.randn(135 if counts is None else sum(counts), 150)
+    counts_E = None if counts is None else torch.tensor(counts)
+    for form in (E4M3, E5M2):
+        agree(casts().tiles_down(x, wide(form), counts_E=counts_E), tiles_down(x, form, counts_E=counts_E))
+
+
+@interpreted
+@pytest.mark.parametrize("counts", [None, [0, 17, 4], [33, 0, 0], [0, 0, 1], [70, 3, 64]], ids=str)
+def test_triton_products(kind, counts):
+    from sextant.kernels.fp8.triton_kernels import columns_grouped, rows_grouped
+
+    close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-4)
+    counts_E, matrices = (None, 1) if counts is None else (torch.tensor(counts), 3)
+    x, weight = operands(kind, sum(counts or [70]), matrices, width=70, depth=150)
+    want = rows_reference(x, weight, counts_E, torch.float32)
+    close(rows_grouped(x, weight, counts_E, torch.float32, tile=64), want, atol=1e-4 * want.abs().max().item())
+    rows = torch.randn(len(x.values), 90)
+    dy, columns = (tiles_down(part, counts_E=counts_E) for part in (rows[:, :20], rows[:, 20:]))
+    tiles_E = None if counts_E is None else (counts_E + 127) // 128
+    close(columns_grouped(dy, columns, tiles_E, tile=64), columns_reference(dy, columns, tiles_E))

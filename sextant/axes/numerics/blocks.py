@@ -17,8 +17,18 @@ import torch
 from torch import Tensor
 
 from sextant.axes.numerics.base import Operands, Product
-from sextant.axes.numerics.fp8 import FP8, aligned, placed
-from sextant.kernels.fp8 import E4M3, FLOOR, GRADIENT_FLOOR, blocks, columns_product, rows_product, tiles, tiles_down
+from sextant.axes.numerics.fp8 import FP8
+from sextant.kernels.fp8 import (
+    E4M3,
+    FLOOR,
+    GRADIENT_FLOOR,
+    SIDE,
+    blocks,
+    columns_product,
+    rows_product,
+    tiles,
+    tiles_down,
+)
 
 
 class FP8Blocks(FP8):
@@ -89,10 +99,9 @@ def _(dy: Tensor, weight: Tensor, counts: Tensor | None, power_of_two: bool) -> 
     schema="(Tensor dy, Tensor x, Tensor? counts, SymInt matrices, bool power_of_two) -> Tensor",
 )
 def _weight_gradient(dy: Tensor, x: Tensor, counts: Tensor | None, matrices: int, power_of_two: bool) -> Tensor:
-    place_N, tiles_E, places = aligned(counts, len(x), x.device)
     floors = (dy, GRADIENT_FLOOR), (x, FLOOR)
-    columns = [tiles_down(placed(part, place_N, places), E4M3, floor, power_of_two) for part, floor in floors]
-    return columns_product(columns[0], columns[1], tiles_E)
+    columns = [tiles_down(part, E4M3, floor, power_of_two, counts) for part, floor in floors]
+    return columns_product(columns[0], columns[1], None if counts is None else (counts + SIDE - 1) // SIDE)
 
 
 @_weight_gradient.register_fake

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from sextant.axes.numerics.base import Operands, Product, Reduce, products
 from sextant.axes.numerics.fp8 import FP8, plain_rows, plain_weight_gradient, recomputing
-from sextant.kernels.fp8 import E4M3, FORMATS, Format, Scaled, rows_product, whole
+from sextant.kernels.fp8 import E4M3, FORMATS, remembered, rows_product
 
 X, W, DY = 0, 1, 2
 """Columns of a product's state: its rows, its matrix, the gradient of its result."""
@@ -116,18 +116,6 @@ def _largest(found: list[DelayedProduct]) -> Tensor:
     return torch.tensor(rows, device=found[0].scale.device)
 
 
-def _scaled(x: Tensor, form: Format, column: int, state: tuple[Tensor, Tensor, Tensor], record: bool) -> Scaled:
-    """Cast by the scale of before; the step's largest value and what saturated are put down when ``record``."""
-    scale, amax, saturated = (part[column] for part in state)
-    largest = torch.linalg.vector_norm(x, float("inf"), dtype=torch.float32) if x.numel() else torch.zeros_like(scale)
-    own = torch.full_like(largest, form.max) / largest.clamp_min(1e-30)  # a number over a tensor rounds otherwise
-    cast, over = whole(x, torch.where(scale > 0, scale, own), form)
-    if record:
-        amax.copy_(torch.maximum(amax, largest))
-        saturated.add_(over)
-    return cast
-
-
 # The products are opaque to compilers: they note down largest values, which must happen as often as they run, and a
 # compiled autograd function of torch 2.11 lost gradients. The state goes in as tensors, so layers share compiled code.
 
@@ -145,7 +133,7 @@ def _forward(
     if forward == "bf16":
         return plain_rows(x, weight, counts)
     state, record = (scale, amax, saturated), record and not recomputing()
-    rows, matrices = (_scaled(part, FORMATS[forward], i, state, record) for i, part in ((X, x), (W, weight)))
+    rows, matrices = (remembered(part, FORMATS[forward], i, state, record) for i, part in ((X, x), (W, weight)))
     return rows_product(rows, matrices, counts, x.dtype)
 
 
@@ -164,8 +152,8 @@ def _data_gradient(
     if data_gradient == "bf16":
         return plain_rows(dy, weight.mT, counts)
     state = scale, amax, saturated
-    matrices = _scaled(weight.mT, E4M3, W, state, record and forward == "bf16")  # else forward put it down
-    return rows_product(_scaled(dy, FORMATS[data_gradient], DY, state, record), matrices, counts, dy.dtype)
+    matrices = remembered(weight.mT, E4M3, W, state, record and forward == "bf16")  # else forward put it down
+    return rows_product(remembered(dy, FORMATS[data_gradient], DY, state, record), matrices, counts, dy.dtype)
 
 
 @_data_gradient.register_fake

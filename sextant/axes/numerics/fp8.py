@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from sextant.axes.numerics.base import Multiplies, Numerics, Product
 from sextant.axes.numerics.policy import BF16
-from sextant.kernels.fp8 import SIDE
 from sextant.kernels.grouped import grouped_linear
 
 
@@ -55,26 +54,3 @@ def plain_weight_gradient(x_ND: Tensor, dy_NF: Tensor, counts_E: Tensor) -> Tens
         return F.grouped_mm(x_ND.t(), dy_NF, offs=counts_E.cumsum(0, dtype=torch.int32))
     parts = zip(x_ND.split(counts_E.tolist()), dy_NF.split(counts_E.tolist()), strict=True)
     return torch.stack([x.t() @ dy for x, dy in parts])
-
-
-def aligned(counts_E: Tensor | None, rows: int, device: torch.device) -> tuple[Tensor | None, Tensor, int]:
-    """Where rows go so that those of each matrix begin at a multiple of 128.
-
-    Returns:
-        The place of each row (None: where it is), the tiles of each matrix, and a number of places that is enough
-        whatever the counts are, so that no count has to leave the device.
-    """
-    if counts_E is None:
-        count = -(-rows // SIDE)
-        return None, torch.full((1,), count, dtype=torch.int64, device=device), count * SIDE
-    tiles_E = (counts_E + SIDE - 1) // SIDE
-    shift_E = (tiles_E.cumsum(0) - tiles_E) * SIDE - (counts_E.cumsum(0) - counts_E)
-    shift_N = shift_E.repeat_interleave(counts_E, output_size=rows)
-    return torch.arange(rows, device=device) + shift_N, tiles_E, (rows // SIDE + len(counts_E)) * SIDE
-
-
-def placed(x_ND: Tensor, place_N: Tensor | None, places: int) -> Tensor:
-    """Rows at their places ``[places, D]``, zeros between."""
-    if place_N is None:
-        return F.pad(x_ND, (0, 0, 0, places - len(x_ND)))
-    return x_ND.new_zeros(places, x_ND.shape[1]).index_copy_(0, place_N, x_ND)

@@ -17,7 +17,18 @@ from torch import Tensor
 
 from sextant.kernels.fp8.formats import E4M3, E5M2, FORMATS, Format, quantise, saturate
 from sextant.kernels.fp8.reference import columns_reference, rows_reference
-from sextant.kernels.fp8.scaling import FLOOR, GRADIENT_FLOOR, SIDE, Scaled, blocks, restoring, tiles, tiles_down, whole
+from sextant.kernels.fp8.scaling import (
+    FLOOR,
+    GRADIENT_FLOOR,
+    SIDE,
+    Scaled,
+    blocks,
+    remembered,
+    restoring,
+    tiles,
+    tiles_down,
+    whole,
+)
 
 WAYS: dict[str, tuple[str, str, str]] = {
     "reference": ("reference", "rows_reference", "columns_reference"),
@@ -46,14 +57,15 @@ def rows_product(x: Scaled, weight: Scaled, counts_E: Tensor | None, dtype: torc
     return _way("rows", x, weight, counts_E is not None)(x, weight, counts_E, dtype)
 
 
-def columns_product(dy: Scaled, x: Scaled, tiles_E: Tensor) -> Tensor:
+def columns_product(dy: Scaled, x: Scaled, tiles_E: Tensor | None) -> Tensor:
     """``dw_EFD`` in fp32: ``[F, N]`` times ``[D, N]`` over the tiles of N that each matrix owns.
 
     Args:
         dy, x: tiles along N.
-        tiles_E: int64, tiles of each matrix, which lie one after another; what is left of N belongs to none.
+        tiles_E: int64, tiles of each matrix, which lie one after another; what is left of N belongs to none. None when
+            there is one matrix, which all belong to.
     """
-    return _way("columns", dy, x, len(tiles_E) > 1)(dy, x, tiles_E)
+    return _way("columns", dy, x, tiles_E is not None)(dy, x, tiles_E)
 
 
 def paths() -> dict[str, str]:
@@ -91,7 +103,7 @@ def _choose(what: str, left: Scaled, right: Scaled, many: bool, kind: str) -> st
         return _only[0]
     if not left.values.is_cuda:
         return "reference"
-    for way in ("scaled_mm", "triton") if what == "rows" and not many else ("triton", "scaled_mm"):
+    for way in ("triton", "scaled_mm") if many else ("scaled_mm", "triton"):
         fault = _fault(way, what, left, right, many)
         if fault is None:
             return way
@@ -118,7 +130,7 @@ def _trial(way: str, what: str, left: Scaled, right: Scaled, many: bool) -> Tens
     shapes = ((160, total), (256, total)) if what == "columns" else ((total, 256), (matrices, 160, 256))
     like = zip((left, right), shapes, strict=True)
     operands = [_like(of, torch.randn(shape, generator=draw).to(device)) for of, shape in like]
-    rest = (sizes,) if what == "columns" else (sizes if many else None, torch.bfloat16)
+    rest = (sizes if many else None, torch.bfloat16)[: 1 if what == "columns" else 2]
     return _function(way, what)(*operands, *rest).float()
 
 
@@ -131,6 +143,6 @@ def _like(of: Scaled, x: Tensor) -> Scaled:
 
 __all__ = [
     "E4M3", "E5M2", "FLOOR", "FORMATS", "GRADIENT_FLOOR", "SIDE", "WAYS", "Format", "Scaled", "blocks",
-    "columns_product", "columns_reference", "only", "paths", "quantise", "restoring", "rows_product", "rows_reference",
-    "saturate", "tiles", "tiles_down", "whole",
+    "columns_product", "columns_reference", "only", "paths", "quantise", "remembered", "restoring", "rows_product",
+    "rows_reference", "saturate", "tiles", "tiles_down", "whole",
 ]

@@ -1,7 +1,7 @@
 """Products of scaled fp8 tensors by restoring their numbers: the truth for the device's kernels, and what a CPU runs.
 
-Both operands are contracted along their last axis. ``counts_E`` splits the left operand's rows among E matrices; None
-gives all rows to the only one.
+Both operands are contracted along their last axis. ``counts_E`` splits the left operand's rows among E matrices,
+``tiles_E`` the tiles of N; None gives all to the only one.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ def rows_reference(x: Scaled, weight: Scaled, counts_E: Tensor | None, dtype: to
     return torch.cat([rows @ matrix.t() for rows, matrix in parts]).to(dtype)
 
 
-def columns_reference(dy: Scaled, x: Scaled, tiles_E: Tensor) -> Tensor:
+def columns_reference(dy: Scaled, x: Scaled, tiles_E: Tensor | None) -> Tensor:
     """``dw_EFD``: ``[F, N]`` times ``[D, N]``, expert by expert, each of which owns ``tiles_E`` tiles of N, in fp32."""
+    if tiles_E is None:
+        return (dy.numbers() @ x.numbers().t())[None]
     counts = (tiles_E * SIDE).tolist()
     parts = zip(dy.numbers().split([*counts, dy.values.shape[1] - sum(counts)], dim=1)[:-1],
                 x.numbers().split([*counts, x.values.shape[1] - sum(counts)], dim=1)[:-1], strict=True)
@@ -38,7 +40,9 @@ def rows_in_bf16(x: Scaled, weight: Scaled, counts_E: Tensor | None, dtype: torc
     return F.grouped_mm(x_ND, weight_EFD.mT, offs=counts_E.cumsum(0, dtype=torch.int32)).to(dtype)
 
 
-def columns_in_bf16(dy: Scaled, x: Scaled, tiles_E: Tensor) -> Tensor:
+def columns_in_bf16(dy: Scaled, x: Scaled, tiles_E: Tensor | None) -> Tensor:
     """:func:`columns_reference` with restored numbers rounded to bf16."""
-    offs = (tiles_E * SIDE).cumsum(0, dtype=torch.int32)
-    return F.grouped_mm(dy.numbers(torch.bfloat16), x.numbers(torch.bfloat16).t(), offs=offs).float()
+    dy_FN, x_DN = dy.numbers(torch.bfloat16), x.numbers(torch.bfloat16)
+    if tiles_E is None:
+        return (dy_FN @ x_DN.t())[None].float()
+    return F.grouped_mm(dy_FN, x_DN.t(), offs=(tiles_E * SIDE).cumsum(0, dtype=torch.int32)).float()

@@ -14,8 +14,10 @@ from sextant.kernels.fp8.scaling import SIDE, Scaled
 
 
 def rows_each(x: Scaled, weight: Scaled, counts_E: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """``y_NF``; with more than one matrix the device waits for the counts."""
-    counts = [len(x.values)] if counts_E is None else counts_E.tolist()
+    """``y_NF``; where there are counts the device waits for them."""
+    if counts_E is None:
+        return product(x, one(weight, 0), dtype)
+    counts = counts_E.tolist()
     y_NF = x.values.new_empty(len(x.values), weight.values.shape[1], dtype=dtype)
     start = 0
     for matrix, (count, y) in enumerate(zip(counts, y_NF.split(counts), strict=True)):
@@ -25,8 +27,10 @@ def rows_each(x: Scaled, weight: Scaled, counts_E: Tensor | None, dtype: torch.d
     return y_NF
 
 
-def columns_each(dy: Scaled, x: Scaled, tiles_E: Tensor) -> Tensor:
+def columns_each(dy: Scaled, x: Scaled, tiles_E: Tensor | None) -> Tensor:
     """``dw_EFD`` in fp32."""
+    if tiles_E is None:
+        return product(dy, x, torch.float32)[None]
     dw_EFD = torch.zeros(len(tiles_E), len(dy.values), len(x.values), device=x.values.device)
     start = 0
     for dw, count in zip(dw_EFD, tiles_E.tolist(), strict=True):
@@ -57,7 +61,7 @@ def product(x: Scaled, weight: Scaled, dtype: torch.dtype) -> Tensor:
                for of in (x, weight)]
         scales = [_laid_out(x, left.shape[0]), _laid_out(weight, right.shape[1])]
         y = F.scaled_mm(left, right, scales[0], how[0], scales[1], how[1], output_dtype=dtype)
-    return y[: len(x.values), : len(weight.values)]
+    return y[: len(x.values), : len(weight.values)].contiguous()
 
 
 def _padded(values: Tensor, rows: int, columns: int) -> Tensor:
@@ -69,6 +73,9 @@ def _padded(values: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def _laid_out(x: Scaled, rows: int) -> Tensor:
+    """Scales as the library wants them: of tiles the rows contiguous, of blocks the steps, in multiples of 4."""
     if x.tile == (SIDE, SIDE):
-        return F.pad(x.scale, (0, -x.scale.shape[1] % 4)).contiguous().t()
-    return F.pad(x.scale, (0, 0, 0, rows - len(x.scale))).t().contiguous().t()
+        more = -x.scale.shape[1] % 4
+        return (F.pad(x.scale, (0, more)) if more else x.scale.contiguous()).t()
+    more = rows - len(x.scale)
+    return (F.pad(x.scale.t(), (0, more)) if more else x.scale.t().contiguous()).t()
