@@ -9,13 +9,12 @@ update at two rates. Held-out loss against MaxVio over everything held out (2408
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 from sextant.axes.capacity import Experts
 from sextant.axes.routing import Auxiliary, Bias, SoftmaxTopK
-from sextant.core import fs
 from sextant.lab import grid
+from sextant.lab.pictures import numbers, save
 from sextant.lab.trained import loads, mixture, paired, table, train
 from sextant.train.run import Run
 
@@ -46,29 +45,34 @@ def cell(arm: str, seed: int, steps: int) -> grid.Cell:
     return {"loss": done.loss, **means, "vio of a step": done.late("max_vio"), "curve": done.curve()}
 
 
+def look(arm: str) -> dict[str, str]:
+    """A colour for each kind of balance, a marker for each strength."""
+    kind, _, strength = arm.rpartition(" ")
+    color = f"C{[*SCOPES, 'bias'].index(kind)}" if kind else "black"
+    markers = {"weak": "v", "usual": "o", "strong": "^", "slow": "o", "fast": "^"}
+    return {"color": color, "marker": markers.get(strength, "s")}
+
+
 def draw(path: Path, cells: dict[tuple[str, int], grid.Cell]) -> None:
     """Held-out loss over MaxVio: a small point for each seed, a large one for the mean. A CSV beside it."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 5))
+    figure = Figure(figsize=(8, 4.5))
     axes = figure.add_subplot(xlabel="MaxVio over everything held out", ylabel="loss minus none, nats, same seed")
     arms, seeds = list(dict.fromkeys(arm for arm, _ in cells)), sorted({seed for _, seed in cells})
-    for index, arm in enumerate(arms):
+    for arm in arms:
         vios = [cells[arm, seed]["max_vio"] for seed in seeds]
-        gaps = [cells[arm, seed]["loss"] - cells["none", seed]["loss"] for seed in seeds]
-        style = {"color": f"C{index % 10}", "marker": "o^s"[index // 10]}
-        axes.scatter(vios, gaps, s=12, alpha=0.5, **style)
+        losses = [cells[arm, seed]["loss"] - cells["none", seed]["loss"] for seed in seeds]
+        axes.scatter(vios, losses, s=12, alpha=0.5, **look(arm))
         mean, error = paired(cells, arm, "none")
-        axes.errorbar(sum(vios) / len(vios), mean, yerr=error, markersize=8, linestyle="", label=arm, **style)
+        axes.errorbar(sum(vios) / len(vios), mean, yerr=error, markersize=8, linestyle="", label=arm, **look(arm))
     axes.set_xscale("log")
+    axes.set_xticks([0.1, 0.2, 0.5, 1, 2, 5], ["0.1", "0.2", "0.5", "1", "2", "5"])
+    axes.minorticks_off()
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=120, bbox_inches="tight")
-    fs.write_bytes(path, image.getvalue())
-    names = ("loss", "max_vio", "entropy", "unused", "vio of a step")
-    rows = [",".join([arm, str(seed), *(f"{one[n]:.5f}" for n in names)]) for (arm, seed), one in cells.items()]
-    fs.write_text(path.with_suffix(".csv"), "\n".join(["arm,seed," + ",".join(names), *rows]) + "\n")
+    axes.legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+    save(figure, path)
+    numbers(path.with_suffix(".csv"), cells, ("loss", "max_vio", "entropy", "unused", "vio of a step"))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """Can a capacity limit turn the ranking of two designs around?
 
-    python docs/lab/drops.py out/ --seeds 0 1 2 3 4 5     # about an hour on one core; resumes, --arms share the work
+    python docs/lab/drops.py out/ --seeds 2 3 4 5 6 7     # about 45 minutes on one core; resumes, --arms share the work
+    python docs/lab/drops.py out/ --seeds 8 9 10 11 12 13 --arms "free "{dropless,capacity} "slim "{dropless,capacity}
 
 Eight sandwich-norm mixtures of equal active parameters (but two), each trained dropless and with a capacity factor of 1
 that drops late copies. Held-out loss by the rule of training, and by the models' own rule of evaluation (no drops).
 Looking at all pairs finds flips by chance, so from four seeds on the first half of them names the pairs and the others
-judge them.
+judge them; of two variants, as in the second line, there is nothing to choose, and all seeds judge. Seeds 0 and 1
+served to set sizes.
 """
 
 from __future__ import annotations
@@ -13,13 +15,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import permutations
+from pathlib import Path
 
 from sextant.axes.capacity import Experts
 from sextant.axes.capacity.experts import ExpertsModule
 from sextant.axes.routing import Auxiliary, Capacity, Dropless, SoftmaxTopK
 from sextant.axes.stability import SandwichNorm
 from sextant.lab import grid
-from sextant.lab.pictures import curves
+from sextant.lab.pictures import numbers, save
 from sextant.lab.trained import mean_and_error, mixture, train
 from sextant.model.transformer import Transformer
 from sextant.train.run import Run
@@ -37,6 +40,9 @@ VARIANTS = {
 }
 """No balance; attention that starts at gain 0, which keeps load even for a while; two strengths of balance; smaller
 experts; one that every token meets; a quarter as much again of every expert, and a half."""
+LATER = {"slim": VARIANTS["light"].replace(hidden=32)}
+"""Added when the grid had been seen, with seeds of its own: balanced experts of half the width. The lead that uneven
+load gives "free" over "light" is small beside what drops take from it; half the width shifts both."""
 RULES = {"dropless": Dropless(), "capacity": Capacity(factor=1.0)}
 ARMS = [f"{variant} {rule}" for rule in RULES for variant in VARIANTS]
 
@@ -44,7 +50,7 @@ ARMS = [f"{variant} {rule}" for rule in RULES for variant in VARIANTS]
 def run(arm: str, steps: int) -> Run:
     variant, rule = arm.split()
     residual = SandwichNorm(attention_gain=0.0 if variant == "quiet" else 1.0)
-    experts = VARIANTS[variant].replace(overflow=RULES[rule])
+    experts = (VARIANTS | LATER)[variant].replace(overflow=RULES[rule])
     return mixture(experts, steps=steps, residual=residual, embedding_scale=20.0)
 
 
@@ -80,6 +86,12 @@ def gap(cells: Cells, a: str, b: str, rule: str, seeds: Sequence[int]) -> tuple[
     return mean_and_error([cells[f"{a} {rule}", seed]["ruled"] - cells[f"{b} {rule}", seed]["ruled"] for seed in seeds])
 
 
+def variants(cells: Cells) -> list[str]:
+    """Those that were trained under every rule."""
+    arms = {arm for arm, _ in cells}
+    return [name for name in VARIANTS | LATER if all(f"{name} {rule}" in arms for rule in RULES)]
+
+
 def flips(cells: Cells, seeds: Sequence[int]) -> list[tuple[str, str]]:
     """Pairs of which the first is better dropless and the second with drops, the surest first."""
 
@@ -87,7 +99,7 @@ def flips(cells: Cells, seeds: Sequence[int]) -> list[tuple[str, str]]:
         (without, error), (dropping, other) = (gap(cells, *pair, rule, seeds) for rule in RULES)
         return min(-without / max(error, 1e-9), dropping / max(other, 1e-9))
 
-    return sorted((pair for pair in permutations(VARIANTS, 2) if sureness(pair) > 0), key=sureness, reverse=True)
+    return sorted((pair for pair in permutations(variants(cells), 2) if sureness(pair) > 0), key=sureness, reverse=True)
 
 
 def report(cells: Cells) -> str:
@@ -98,7 +110,7 @@ def report(cells: Cells) -> str:
     for arm in dict.fromkeys(arm for arm, _ in cells):
         shown = [mean_and_error([cells[arm, seed][name] for seed in seeds]) for name in names]
         lines.append(f"| {arm} | " + " | ".join(f"{mean:.4f} ± {error:.4f}" for mean, error in shown) + " |")
-    half = len(seeds) // 2 if len(seeds) > 3 else len(seeds)
+    half = len(seeds) // 2 if len(seeds) > 3 and len(variants(cells)) > 2 else len(seeds)
     lines += ["\n| pair | seeds | first minus second, dropless | with drops |", "|---" * 4 + "|"]
     for pair in flips(cells, seeds[:half])[:5]:
         for some in filter(None, (seeds[:half], seeds[half:])):
@@ -108,11 +120,31 @@ def report(cells: Cells) -> str:
     return "\n".join(lines)
 
 
+def draw(path: Path, cells: Cells) -> None:
+    """Loss by the rule of training, a line for each variant from dropless to drops: lines that cross are flips."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5))
+    axes = figure.add_subplot(ylabel="held-out loss by the rule of training, nats", title="With and without drops")
+    seeds = sorted({seed for _, seed in cells})
+    for index, variant in enumerate(shown := variants(cells)):
+        ends = [mean_and_error([cells[f"{variant} {rule}", seed]["ruled"] for seed in seeds]) for rule in RULES]
+        means, errors = zip(*ends, strict=True)
+        places = [end + 0.02 * (index - (len(shown) - 1) / 2) for end in range(len(RULES))]
+        axes.errorbar(places, means, yerr=errors, marker="o", capsize=3, color=f"C{index}", label=variant)
+    axes.set_xticks(range(len(RULES)), ["dropless", "capacity factor 1"])
+    axes.set_xlim(-0.3, len(RULES) - 0.7)
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    save(figure, path)
+    numbers(path.with_suffix(".csv"), cells, ("ruled", "loss", "drop_rate", "max_vio", "unused"))
+
+
 if __name__ == "__main__":
     asked = grid.arguments(__doc__, steps=400)
     cells = grid.fill(
         asked.out, asked.arms or ARMS, asked.seeds, lambda arm, seed: cell(arm, seed, asked.steps), print
     )
-    if not asked.arms:
+    if variants(cells):
         print(report(cells))
-        curves(asked.out / "drops.png", cells, ylabel="training loss, nats", title="With and without drops")
+        draw(asked.out / "drops.png", cells)

@@ -10,9 +10,10 @@ arithmetic would have chosen otherwise. Last, what each rounding costs a model t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -27,7 +28,7 @@ from sextant.axes.routing.base import RouterModule
 from sextant.axes.stability.residual import Branch
 from sextant.kernels.loss import IGNORE
 from sextant.lab import grid
-from sextant.lab.pictures import curves
+from sextant.lab.pictures import gaps, numbers
 from sextant.lab.trained import changed, exactly, mean_and_error, mixture, table, train
 from sextant.model.transformer import Transformer
 from sextant.train.run import Run
@@ -136,6 +137,21 @@ def report(cells: dict[tuple[str, int], grid.Cell]) -> str:
     return f"{first}\n\n{second}\n\n" + "\n".join(lines)
 
 
+def draw(path: Path, cells: dict[tuple[str, int], grid.Cell]) -> None:
+    """What each arm loses against its base with the same seed. A CSV beside it."""
+    seeds = sorted({seed for _, seed in cells})
+
+    def against(base: str, arms: Iterable[str]) -> dict[str, list[float]]:
+        return {arm: [cells[arm, seed]["loss"] - cells[base, seed]["loss"] for seed in seeds] for arm in arms}
+
+    groups = {
+        "policies, minus bf16": against("bf16", (name for name in POLICIES if name != "bf16")),
+        "one path lowered, minus fp32": against("fp32", LOWERED),
+    }
+    gaps(path, groups, xlabel="held-out loss minus base, nats, same seed", title="FP8 recipes and lowered paths")
+    numbers(path.with_suffix(".csv"), cells, ("loss", "exact", "changed", "saturated"))
+
+
 if __name__ == "__main__":
     asked = grid.arguments(__doc__, steps=200)
     cells = grid.fill(
@@ -143,5 +159,4 @@ if __name__ == "__main__":
     )
     if not asked.arms:
         print(report(cells))
-        title = "One path lowered, and the policies of numerics"
-        curves(asked.out / "fp8-quality.png", cells, ylabel="training loss, nats", title=title)
+        draw(asked.out / "fp8-quality.png", cells)

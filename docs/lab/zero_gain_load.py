@@ -8,7 +8,6 @@ gain of attention starts at 0 or at 1; either without any balance term, or with 
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 from sextant.axes.capacity import Experts
@@ -16,6 +15,7 @@ from sextant.axes.routing import Auxiliary, SoftmaxTopK
 from sextant.axes.stability import SandwichNorm
 from sextant.core import fs
 from sextant.lab import grid
+from sextant.lab.pictures import save
 from sextant.lab.trained import mean_and_error, mixture, table, train
 from sextant.train.run import Run
 
@@ -25,8 +25,12 @@ ARMS = {
     "gain 0 balanced": (0.0, (Auxiliary(coef=1e-2, scope="global_batch"),)),
     "gain 1 balanced": (1.0, (Auxiliary(coef=1e-2, scope="global_batch"),)),
 }
-MEASURES = {"max_over_mean": (1, 8), "unused": (0, 0.5), "entropy": (0.5, 1)}
-"""What is drawn, and the ends of its colours."""
+MEASURES = {
+    "max_over_mean": ("busiest expert / mean", 1, 8),
+    "unused": ("share of experts unused", 0, 0.5),
+    "entropy": ("entropy of load (1 is even)", 0.5, 1),
+}
+"""What is drawn, its name and the ends of its colours."""
 SHOWN = (1, 5, 10, 20, 50, 100, 200)
 
 
@@ -74,29 +78,28 @@ def draw(path: Path, cells: dict[tuple[str, int], grid.Cell]) -> None:
     arms, seeds = list(dict.fromkeys(arm for arm, _ in cells)), sorted({seed for _, seed in cells})
     figure = Figure(figsize=(4 * len(MEASURES), 2 * len(arms)), layout="constrained")
     places = figure.subplots(len(arms), len(MEASURES), sharex=True, sharey=True, squeeze=False)
-    for row, arm in zip(places, arms, strict=True):
-        for axes, (name, (low, high)) in zip(row, MEASURES.items(), strict=True):
+    for column, (name, (title, low, high)) in zip(places.T, MEASURES.items(), strict=True):
+        for axes, arm in zip(column, arms, strict=True):
             mean_LS = np.mean([cells[arm, seed][name] for seed in seeds], axis=0).T
-            image = axes.imshow(mean_LS, aspect="auto", vmin=low, vmax=high, origin="lower", interpolation="nearest")
-            axes.set_title(f"{arm}: {name}", fontsize=9)
-            figure.colorbar(image, ax=axes)
-        row[0].set_ylabel("layer")
-    for axes in places[-1]:
-        axes.set_xlabel("step")
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=110)
-    fs.write_bytes(path, image.getvalue())
+            edges = np.arange(mean_LS.shape[1] + 1) + 0.5, np.arange(mean_LS.shape[0] + 1) - 0.5
+            mesh = axes.pcolormesh(*edges, mean_LS, vmin=low, vmax=high, rasterized=True)
+        column[-1].set(xlabel="step", xscale="log")
+        column[-1].set_xticks(ticks := [step for step in (1, 10, 100) if step <= mean_LS.shape[1]], map(str, ticks))
+        figure.colorbar(mesh, ax=column.tolist(), location="top", aspect=30, shrink=0.9, label=title)
+    for axes, arm in zip(places[:, 0], arms, strict=True):
+        axes.set_ylabel(f"{arm}\nlayer")
+    save(figure, path)
     fs.write_text(path.with_suffix(".csv"), as_csv(cells))
 
 
 def as_csv(cells: dict[tuple[str, int], grid.Cell]) -> str:
-    """Every tenth step and the first ones, by arm, seed and layer."""
+    """The first steps, then ever fewer, by arm, seed and layer."""
     lines = ["arm,seed,step,layer," + ",".join(MEASURES)]
     for (arm, seed), one in cells.items():
         steps = one["entropy"]
-        for step in (s for s in range(1, len(steps) + 1) if s < 10 or s % 10 == 0):
+        for step in (s for s in range(1, len(steps) + 1) if s < 10 or s % (10 if s < 100 else 50) == 0):
             for layer in range(len(steps[0])):
-                values = ",".join(f"{one[name][step - 1][layer]:.4f}" for name in MEASURES)
+                values = ",".join(f"{one[name][step - 1][layer]:.3f}" for name in MEASURES)
                 lines.append(f"{arm},{seed},{step},{layer},{values}")
     return "\n".join(lines) + "\n"
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sextant.core import fs
+from sextant.lab.trained import mean_and_error
 
 
 def curves(
@@ -26,7 +27,7 @@ def curves(
         axes.plot(steps, values, color=f"C{arms.index(arm)}", alpha=0.8, linewidth=1, label=label)
     axes.grid(alpha=0.3)
     axes.legend()
-    _save(figure, path)
+    save(figure, path)
     lines = [
         f"{arm},{seed}," + ",".join(map(str, point)) for (arm, seed), cell in cells.items() for point in cell["curve"]
     ]
@@ -55,12 +56,45 @@ def bars(
     axes.set_xticks(range(len(arms)), arms)
     axes.grid(axis="y", alpha=0.3)
     axes.legend()
-    _save(figure, path)
+    save(figure, path)
     lines = [f'"{arm}",{seed},' + ",".join(str(cell[key]) for key in names) for (arm, seed), cell in cells.items()]
     fs.write_text(path.with_suffix(".csv"), "\n".join([",".join(["arm", "seed", *names]), *lines]) + "\n")
 
 
-def _save(figure: Any, path: Path) -> None:
+def gaps(path: Path, groups: Mapping[str, Mapping[str, Sequence[float]]], *, xlabel: str, title: str) -> None:
+    """A PNG of differences: a line for each name, with a small dot per seed and a large one with its standard error.
+
+    Args:
+        groups: what the differences are from, which names a colour; in it the name and its values by seed.
+    """
+    from matplotlib.figure import Figure
+
+    rows = [(base, name, values) for base, group in groups.items() for name, values in group.items()]
+    figure = Figure(figsize=(7, 1.2 + 0.3 * len(rows)))
+    axes = figure.add_subplot(xlabel=xlabel)
+    axes.set_title(title, pad=28)
+    for place, (base, name, values) in enumerate(rows):
+        color = f"C{list(groups).index(base)}"
+        mean, error = mean_and_error(list(values))
+        label = base if name == next(iter(groups[base])) else None
+        axes.plot(values, [place] * len(values), ".", color=color, alpha=0.5)
+        axes.errorbar(mean, place, xerr=error, fmt="o", capsize=3, color=color, label=label)
+    axes.set_yticks(range(len(rows)), [name for _, name, _ in rows])
+    axes.invert_yaxis()
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
+    save(figure, path)
+
+
+def numbers(path: Path, cells: Mapping[tuple[str, int], Mapping[str, Any]], names: Sequence[str]) -> None:
+    """A CSV of single numbers of every cell."""
+    lines = [f"{arm},{seed}," + ",".join(f"{cell[name]:.5f}" for name in names) for (arm, seed), cell in cells.items()]
+    fs.write_text(path, "\n".join([",".join(["arm", "seed", *names]), *lines]) + "\n")
+
+
+def save(figure: Any, path: Path) -> None:
+    """Written whole or not at all."""
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=120, bbox_inches="tight")
     fs.write_bytes(path, image.getvalue())

@@ -36,14 +36,10 @@ def short(monkeypatch):
         monkeypatch.setattr(f"{module}.heldout", lambda *args: islice(heldout(*args), 2))
 
 
-def report(lab: ModuleType, name: str, cells: dict, out: Path) -> str:
+def report(lab: ModuleType, name: str, cells: dict) -> str:
     if name == "zero_gain_load":
-        lab.draw(out / "a.png", cells)
         return lab.by_step(cells)
-    if name == "balance":
-        lab.draw(out / "a.png", cells)
-        return trained.table(cells, {"loss": ".4f", "max_vio": ".2f"}, "none")
-    return lab.report(cells)
+    return trained.table(cells, {"loss": ".4f", "max_vio": ".2f"}, "none") if name == "balance" else lab.report(cells)
 
 
 @pytest.mark.parametrize("name", ONE)
@@ -53,10 +49,13 @@ def test_one_cell_and_the_report_of_a_grid_of_it(name, short, tmp_path):
     cell = lab.cell(ONE[name], 0, 2)
     assert math.isfinite(cell["loss"]) and [point[0] for point in cell["curve"]] == [2]
     cells = {(arm, seed): {**cell, "loss": cell["loss"] + seed} for arm in lab.ARMS for seed in range(2)}
-    text = report(lab, name, cells, tmp_path)
+    text = report(lab, name, cells)
+    lab.draw(tmp_path / "a.png", cells)
     assert all(f"| {arm} " in text for arm in lab.ARMS)
     assert name not in ("balance", "fp8_quality") or "+0.0000 ± 0.0000" in text
-    assert hasattr(lab, "draw") == ({path.suffix for path in tmp_path.iterdir()} == {".png", ".csv"})
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    rows = (tmp_path / "a.csv").read_text().splitlines()
+    assert all(any(row.startswith(f"{arm},1,") for row in rows) for arm in lab.ARMS)
     if name == "fp8_quality":
         router, residual = cell["after"]["router fp8"], cell["after"]["residual fp8"]
         assert cell["changed"] == 0 and router[1] > 0.01 and residual[1] > cell["after"]["residual bf16"][1]
@@ -119,6 +118,9 @@ def test_a_flip_is_named_by_half_of_the_seeds_and_judged_by_the_others():
     rows = lab.report(cells).splitlines()
     assert "| free, quiet | 0 1 | -1.0050 ± 0.0050 | +7.9950 ± 0.0050 |" in rows
     assert "| free, quiet | 2 3 | -1.0250 ± 0.0050 | +7.9750 ± 0.0050 |" in rows
+    two = {(arm, seed): cell for (arm, seed), cell in cells.items() if arm.split()[0] in ("free", "quiet")}
+    assert lab.variants({key: cell for key, cell in two.items() if key[0] != "quiet capacity"}) == ["free"]
+    assert lab.report(two).splitlines()[-1] == "| free, quiet | 0 1 2 3 | -1.0150 ± 0.0065 | +7.9850 ± 0.0065 |"
 
 
 def test_paired_differences_and_their_standard_errors():
