@@ -21,7 +21,21 @@ from sextant.axes.routing import SoftmaxTopK
 from sextant.axes.stability import Linear, NormalInit, Role
 from sextant.core.stream import Stream
 from sextant.kernels import fp8
-from sextant.kernels.fp8 import E4M3, E5M2, Scaled, blocks, columns_product, rows_product, tiles, whole
+from sextant.kernels.fp8 import (
+    E4M3,
+    E5M2,
+    FLOOR,
+    GRADIENT_FLOOR,
+    Scaled,
+    blocks,
+    columns_product,
+    remembered,
+    rows_product,
+    scaling,
+    tiles,
+    tiles_down,
+    whole,
+)
 from sextant.kernels.fp8.reference import columns_reference, rows_reference
 from sextant.kernels.loss import summed_loss
 from sextant.model.spec import Layer
@@ -95,6 +109,14 @@ def test_rows_of_experts(kind, width, depth, counts, way):
     near(got, rows_reference(on_cpu(x), on_cpu(weight), counts_E.cpu(), torch.float32))
 
 
+@pytest.mark.parametrize(("tall", "wide", "rows"), [(48, 200, 300), (384, 512, 1024), (1, 3, 5)])
+def test_columns_of_one_matrix(tall, wide, rows, way):
+    dy, x = (tiles_down(torch.randn(rows, size, device=GPU)) for size in (tall, wide))
+    got = offered(way, columns_product, dy, x, None)
+    assert got.dtype == torch.float32 and got.shape == (1, tall, wide) and got.is_contiguous()
+    near(got, columns_reference(on_cpu(dy), on_cpu(x), None))
+
+
 @pytest.mark.parametrize("counts", [[3], [1, 0, 2, 4], [0, 5, 0, 0]], ids=str)
 @pytest.mark.parametrize(("tall", "wide"), [(48, 200), (384, 512)])
 def test_columns(tall, wide, counts, way):
@@ -108,29 +130,106 @@ def test_columns(tall, wide, counts, way):
     assert all((got[e] == 0).all() for e, count in enumerate(counts) if not count)
 
 
-@pytest.mark.parametrize("form", [pytest.param(form, id=form.name) for form in (E4M3, E5M2)])
-def test_casts_equal_those_of_a_cpu(form):
-    """Fused and not; every value, midpoint, their neighbours, infinities."""
+def agree(got: Scaled, want: Scaled) -> None:
+    """Bit for bit, but for the bits of NaN."""
+    values, scale, nan = got.values.cpu(), got.scale.cpu(), want.values.float().isnan()
+    assert got.values.is_contiguous() and values.shape == want.values.shape and values.dtype == want.values.dtype
+    assert torch.equal(values.float().isnan(), nan) and got.tile == want.tile
+    assert torch.equal(values.view(torch.uint8)[~nan], want.values.view(torch.uint8)[~nan])
+    assert torch.equal(scale.isnan(), want.scale.isnan()) and torch.equal(scale.nan_to_num(7), want.scale.nan_to_num(7))
+
+
+def edges(form) -> Tensor:
+    """Every value, every midpoint, their fp32 neighbours, both signs; what saturates, infinities, NaN, subnormals."""
     codes = torch.arange(127 if form is E4M3 else 124, dtype=torch.uint8).view(form.dtype).float()
-    edges = torch.cat([codes, (codes[1:] + codes[:-1]) / 2, torch.tensor([form.limit, 61440.0, float("inf")])])
-    around = torch.cat([edges, torch.nextafter(edges, torch.tensor(0.0)), torch.randn(10_000) * 100])
-    x = torch.cat([around, -around])
-    one = torch.tensor(1.0)
-    want, count = whole(x, one, form)
-    got, got_count = whole(x.to(GPU), one.to(GPU), form)
-    assert torch.equal(got.values.cpu().view(torch.uint8), want.values.view(torch.uint8))
-    assert got_count.item() == count.item() > 0
+    inf, ends = torch.tensor(float("inf")), torch.tensor([form.limit, 464.0, 480.0, 61440.0, 65536.0, 3.4e38])
+    found = torch.cat([codes, (codes[1:] + codes[:-1]) / 2, ends])
+    around = torch.cat([found, torch.nextafter(found, inf), torch.nextafter(found, -inf), torch.randn(10_000) * 100])
+    odd = torch.tensor([0.0, float("inf"), float("nan"), 1e-45, 1.2e-38])
+    return torch.cat([around, -around, odd, -odd])
 
 
+def as_they_lie(dtype: torch.dtype) -> list[Tensor]:
+    """Contiguous and transposed, short edges, stacks, steps in both axes, nothing; groups of all sizes."""
+    x, stack, large = torch.randn(130, 257), torch.randn(3, 40, 129), torch.randn(2, 256, 384)
+    x[:, 3] *= 1e4
+    stack[1] *= 1e-6
+    large[0, 128:, :128] = 0
+    found = [x, x.t(), stack, stack.mT, large, large.mT, x[:1], x[::3, ::2], torch.zeros(5, 7), torch.zeros(0, 64)]
+    return [one.to(dtype) for one in found]
+
+
+FORMATS = params([E4M3, E5M2])
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+
+
+def state_of(*scales: float, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
+    scale = torch.tensor(scales, device=device)
+    return scale, torch.zeros_like(scale), torch.zeros_like(scale, dtype=torch.int64)
+
+
+@pytest.mark.skipif(DRY, reason="needs a GPU")
+def test_casts_are_tritons():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert scaling._on_gpu() is not None
+
+
+@DTYPES
+@pytest.mark.parametrize("factor", [1.0, 0.37, 200.0])
+@pytest.mark.parametrize("form", FORMATS)
+def test_casts_equal_those_of_a_cpu(form, factor, dtype):
+    for x in [edges(form).to(dtype), edges(form)[:10_000].view(100, 100).t().to(dtype), *as_they_lie(dtype)]:
+        want, count = whole(x, torch.tensor(factor), form)
+        got, over = whole(x.to(GPU), torch.tensor(factor, device=GPU), form)
+        agree(got, want)
+        assert over.item() == count.item()
+    assert whole(edges(form).to(GPU), torch.tensor(factor, device=GPU), form)[1].item() > 0
+
+
+@DTYPES
+@pytest.mark.parametrize("record", [True, False])
+@pytest.mark.parametrize("scale", [0.0, 250.0])
+@pytest.mark.parametrize("form", FORMATS)
+def test_state_equals_that_of_a_cpu(form, scale, record, dtype):
+    """With and without a history: values, largest magnitudes and counts of two tensors, each in its column."""
+    odd = [torch.full((3, 5), float("inf")), torch.tensor([[1.0, float("nan"), -float("inf")]])]
+    for column, x in enumerate([*as_they_lie(dtype), *odd, torch.randn(3000, 700).to(dtype)]):
+        want, got = state_of(*[scale] * 13), state_of(*[scale] * 13, device=GPU)
+        for part in (x, (x.mT * 2).mT):
+            cast = remembered(part, form, column, want, record)
+            agree(remembered(part.to(GPU), form, column, got, record), cast)
+        for a, b in zip(got, want, strict=True):
+            assert torch.equal(a.cpu().nan_to_num(-1), b.nan_to_num(-1))
+        assert bool(want[1].isnan().any() or want[1].sum() > 0) is (record and bool((x != 0).any()))
+
+
+@DTYPES
 @pytest.mark.parametrize("power_of_two", [False, True])
-def test_scales_equal_those_of_a_cpu(power_of_two):
-    """Division may round otherwise there: scales within an ulp or two, values within one step of E4M3."""
-    x = torch.randn(3, 200, 300) * 10
-    for make in (lambda x: tiles(x, power_of_two=power_of_two), lambda x: blocks(x, power_of_two=power_of_two)):
-        got, want = make(x.to(GPU)), make(x)
-        torch.testing.assert_close(got.scale.cpu(), want.scale, rtol=3e-7, atol=0)
-        torch.testing.assert_close(got.numbers().cpu(), want.numbers(), rtol=0.13, atol=1e-6)
-        assert (got.values.cpu().float() != want.values.float()).float().mean() < 1e-3
+@pytest.mark.parametrize("form", FORMATS)
+def test_scales_equal_those_of_a_cpu(form, power_of_two, dtype):
+    """Division is IEEE's there too: tiles and blocks of every layout, with values that are no numbers."""
+    odd = torch.randn(4, 300).to(dtype)
+    odd[0, 3], odd[1, 140], odd[2, 290] = float("nan"), float("inf"), -float("inf")
+    for x in [*as_they_lie(dtype), odd]:
+        for floor in (FLOOR, GRADIENT_FLOOR):
+            agree(tiles(x.to(GPU), form, floor, power_of_two), tiles(x, form, floor, power_of_two))
+        agree(blocks(x.to(GPU), form, power_of_two), blocks(x, form, power_of_two))
+
+
+COUNTS = [None, [0, 131, 3, 0, 1], [128, 0, 256], [0, 0, 5], [0] * 17 + [130], [0, 0], list(range(70))]
+
+
+@DTYPES
+@pytest.mark.parametrize("counts", COUNTS, ids=str)
+def test_tiles_down_equal_those_of_a_cpu(counts, dtype):
+    """Rows of experts at their places, as they are without experts."""
+    x = (torch.randn(135 if counts is None else sum(counts), 150) * 1e-3).to(dtype)
+    on_cpu_E = None if counts is None else torch.tensor(counts)
+    on_gpu_E = None if counts is None else on_cpu_E.to(GPU)
+    for form, power_of_two in ((E4M3, False), (E5M2, True)):
+        agree(tiles_down(x.to(GPU), form, FLOOR, power_of_two, on_gpu_E),
+              tiles_down(x, form, FLOOR, power_of_two, on_cpu_E))
 
 
 def through(layer, x: Tensor, dy: Tensor, *rest: Tensor) -> list[Tensor]:
@@ -246,9 +345,9 @@ def test_what_was_chosen_is_fp8():
                 x, weight = operands(kind, 96, matrices, 128, 256)
                 counts_E = None if matrices == 1 else torch.tensor([0, 32, 0, 64], device=GPU)
                 rows_product(x, weight, counts_E, torch.bfloat16)
-        for counts in ([2], [1, 1]):
+        for tiles_E in (None, torch.tensor([1, 1], device=GPU)):
             dy, x = (tiles(torch.randn(128, 256, device=GPU)) for _ in range(2))
-            columns_product(dy, x, torch.tensor(counts, device=GPU))
+            columns_product(dy, x, tiles_E)
     report = "\n".join([*(f"{kind}: {taken}" for kind, taken in fp8.paths().items()), *(str(w.message) for w in said)])
     print(report)
     assert "bf16" not in fp8.paths().values(), report

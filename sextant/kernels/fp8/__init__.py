@@ -9,8 +9,9 @@ one that raises or is off is left out, with a warning.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from importlib import import_module
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,7 +42,16 @@ WAYS: dict[str, tuple[str, str, str]] = {
 TOLERANCE = 2e-2
 """What a way may be off by on its trial, relative to the largest value: results are bf16, sums may have 14 bits."""
 
-_chosen: dict[str, str] = {}
+
+class Choice(NamedTuple):
+    """What was chosen for a kind of product."""
+
+    kind: str
+    way: str
+    function: Callable[..., Tensor]
+
+
+_chosen: dict[tuple[Hashable, ...], Choice] = {}
 _only: list[str] = []
 
 
@@ -70,7 +80,7 @@ def columns_product(dy: Scaled, x: Scaled, tiles_E: Tensor | None) -> Tensor:
 
 def paths() -> dict[str, str]:
     """Kind of product -> the way it takes on this machine, of those met so far."""
-    return dict(_chosen)
+    return {choice.kind: choice.way for choice in _chosen.values()}
 
 
 def only(way: str | None) -> None:
@@ -80,10 +90,12 @@ def only(way: str | None) -> None:
 
 
 def _way(what: str, left: Scaled, right: Scaled, many: bool) -> Callable[..., Tensor]:
-    kind = _kind(what, left, right, many)
-    if kind not in _chosen:
-        _chosen[kind] = _choose(what, left, right, many, kind)
-    return _function(_chosen[kind], what)
+    key = what, many, left.values.is_cuda, left.values.dtype, right.values.dtype, right.tile
+    if key not in _chosen:
+        kind = _kind(what, left, right, many)
+        way = _choose(what, left, right, many, kind)
+        _chosen[key] = Choice(kind, way, _function(way, what))
+    return _chosen[key].function
 
 
 def _kind(what: str, left: Scaled, right: Scaled, many: bool) -> str:

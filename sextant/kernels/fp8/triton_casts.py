@@ -165,25 +165,24 @@ def whole(x: Tensor, scale: Tensor, form: Format) -> tuple[Scaled, Tensor]:
     """As :func:`sextant.kernels.fp8.scaling.whole`."""
     amax = torch.zeros(1, dtype=torch.int32, device=x.device)
     saturated = torch.zeros((), dtype=torch.int64, device=x.device)
-    return _whole(x, form, scale.float(), None, amax, saturated, 0, True), saturated
+    return _whole(*as_it_lies(x), form, scale.float(), None, amax, saturated, 0, True), saturated
 
 
 def remembered(x: Tensor, form: Format, column: int, state: tuple[Tensor, Tensor, Tensor], record: bool) -> Scaled:
-    """As :func:`sextant.kernels.fp8.scaling.remembered`: two launches, and no answer waits for the device."""
-    scale, amax, saturated = state
+    """As :func:`sextant.kernels.fp8.scaling.remembered`: two launches, and nothing waits for the device."""
+    (lying, turn), (scale, amax, saturated) = as_it_lies(x), state
     parts = torch.empty(PARTS, dtype=torch.int32, device=x.device)
-    _largest_kernel[(PARTS,)](as_it_lies(x)[0], scale, parts, x.numel(), column, STEP=4096, num_warps=8)
-    return _whole(x, form, scale, parts, amax.view(torch.int32), saturated, column, record)
+    _largest_kernel[(PARTS,)](lying, scale, parts, lying.numel(), column, STEP=4096, num_warps=8)
+    return _whole(lying, turn, form, scale, parts, amax.view(torch.int32), saturated, column, record)
 
 
 def _whole(
-    x: Tensor, form: Format, scale: Tensor, parts: Tensor | None, amax: Tensor, saturated: Tensor, column: int,
-    record: bool,
+    lying: Tensor, turn: bool, form: Format, scale: Tensor, parts: Tensor | None, amax: Tensor, saturated: Tensor,
+    column: int, record: bool,
 ) -> Scaled:
-    lying, turn = as_it_lies(x)
     matrices, rows, columns = _sizes(lying, turn)
-    values = torch.empty(x.shape, dtype=form.dtype, device=x.device)
-    restore = torch.empty((), device=x.device)
+    values = torch.empty(lying.mT.shape if turn else lying.shape, dtype=form.dtype, device=lying.device)
+    restore = torch.empty((), device=lying.device)
     _whole_kernel[_grid(columns, rows, matrices)](
         lying, values, restore, scale, scale if parts is None else parts, amax, saturated, column, rows, columns,
         MAX=form.max, LIMIT=form.limit, TURN=turn, RECORD=record, PARTS=0 if parts is None else PARTS, SIDE=SIDE,
@@ -195,23 +194,22 @@ def _whole(
 def tiles(x: Tensor, form: Format = E4M3, floor: float = FLOOR, power_of_two: bool = False) -> Scaled:
     """As :func:`sextant.kernels.fp8.scaling.tiles`; scales of a row lie apart, as libraries want them."""
     lying, turn = as_it_lies(x)
-    scale_steps = torch.empty(*x.shape[:-2], _tiles(x.shape[-1]), x.shape[-2], device=x.device).mT
-    group, (matrices, rows, columns) = COLUMN if turn else ROW, _sizes(lying, True)
     values = torch.empty(x.shape, dtype=form.dtype, device=x.device)
-    return _groups(lying, (matrices, rows, columns), rows, Scaled(values, scale_steps, (1, SIDE)),
-                   form, group, turn, floor, power_of_two)
+    scale = torch.empty(*x.shape[:-2], _tiles(x.shape[-1]), x.shape[-2], device=x.device).mT
+    sizes, group = _sizes(lying, True), COLUMN if turn else ROW
+    return _groups(lying, sizes, sizes[1], Scaled(values, scale, (1, SIDE)), form, group, turn, floor, power_of_two)
 
 
 def tiles_down(
     x: Tensor, form: Format = E4M3, floor: float = FLOOR, power_of_two: bool = False, counts_E: Tensor | None = None
 ) -> Scaled:
     """As :func:`sextant.kernels.fp8.scaling.tiles_down`: rows are read where they are and stored at their places."""
-    x, (rows, columns) = x.contiguous(), x.shape
+    rows, columns = x.shape
     places = _tiles(rows) if counts_E is None else rows // SIDE + len(counts_E)
     values = torch.empty(columns, places * SIDE, dtype=form.dtype, device=x.device)
-    scale = torch.empty(places, columns, device=x.device).t()
-    return _groups(x, (1, rows, columns), places * SIDE, Scaled(values, scale, (1, SIDE)),
-                   form, COLUMN, True, floor, power_of_two, counts_E)
+    out = Scaled(values, torch.empty(places, columns, device=x.device).t(), (1, SIDE))
+    sizes = 1, rows, columns
+    return _groups(x.contiguous(), sizes, places * SIDE, out, form, COLUMN, True, floor, power_of_two, counts_E)
 
 
 def blocks(x: Tensor, form: Format = E4M3, power_of_two: bool = False) -> Scaled:
@@ -219,8 +217,7 @@ def blocks(x: Tensor, form: Format = E4M3, power_of_two: bool = False) -> Scaled
     lying, turn = as_it_lies(x)
     sizes, values = _sizes(lying, True), torch.empty(x.shape, dtype=form.dtype, device=x.device)
     scale = torch.empty(*x.shape[:-2], _tiles(x.shape[-2]), _tiles(x.shape[-1]), device=x.device)
-    return _groups(lying, sizes, sizes[1], Scaled(values, scale, (SIDE, SIDE)),
-                   form, BLOCK, turn, FLOOR, power_of_two)
+    return _groups(lying, sizes, sizes[1], Scaled(values, scale, (SIDE, SIDE)), form, BLOCK, turn, FLOOR, power_of_two)
 
 
 def _groups(
