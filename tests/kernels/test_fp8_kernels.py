@@ -391,9 +391,11 @@ def shapes_as_they_lie() -> list[Tensor]:
 
 @interpreted
 @pytest.mark.parametrize("form", FORMATS)
-def test_triton_whole(form):
+@pytest.mark.parametrize("factor", [1.0, 3.7])
+def test_triton_whole(form, factor):
+    scale = torch.tensor(factor)
     for x in [adversarial(form), *shapes_as_they_lie()]:
-        (got, over), (want, count) = casts().whole(x, torch.tensor(3.7), wide(form)), whole(x, torch.tensor(3.7), form)
+        (got, over), (want, count) = casts().whole(x, scale, wide(form)), whole(x, scale, form)
         agree(got, want)
         assert over == count
 
