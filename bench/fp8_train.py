@@ -80,7 +80,7 @@ def measured(policy: str, seed: int, options: argparse.Namespace) -> dict[str, A
 
 
 def profiled(policy: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Where three steps spend their time after ten others: busy time of the device, launches, and the largest shares."""
+    """Where three steps spend their time after others: busy time of the device, launches, and the largest shares."""
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (options.device == "cuda")
     with tempfile.TemporaryDirectory() as where, RunFolder(Path(where) / policy) as folder:
         trainer = Trainer(declared(policy, seed, options), folder, options.device)
