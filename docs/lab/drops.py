@@ -86,6 +86,12 @@ def gap(cells: Cells, a: str, b: str, rule: str, seeds: Sequence[int]) -> tuple[
     return mean_and_error([cells[f"{a} {rule}", seed]["ruled"] - cells[f"{b} {rule}", seed]["ruled"] for seed in seeds])
 
 
+def change(cells: Cells, variant: str, seed: int) -> float:
+    """Loss with drops minus that without, each by its rule of training."""
+    dropless, capacity = (cells[f"{variant} {rule}", seed]["ruled"] for rule in RULES)
+    return capacity - dropless
+
+
 def variants(cells: Cells) -> list[str]:
     """Those that were trained under every rule."""
     arms = {arm for arm, _ in cells}
@@ -103,13 +109,17 @@ def flips(cells: Cells, seeds: Sequence[int]) -> list[tuple[str, str]]:
 
 
 def report(cells: Cells) -> str:
-    """Markdown: losses of every arm, then the pairs that flip."""
+    """Markdown: losses of every arm, what drops cost each variant, then the pairs that flip."""
     seeds = sorted({seed for _, seed in cells})
     names = {"ruled": "loss, rule of training", "loss": "loss, no drops", "drop_rate": "dropped", "max_vio": "MaxVio"}
     lines = [f"| arm | {' | '.join(names.values())} |", "|---" * (len(names) + 1) + "|"]
     for arm in dict.fromkeys(arm for arm, _ in cells):
         shown = [mean_and_error([cells[arm, seed][name] for seed in seeds]) for name in names]
         lines.append(f"| {arm} | " + " | ".join(f"{mean:.4f} ± {error:.4f}" for mean, error in shown) + " |")
+    lines += ["\n| variant | what drops cost, same seeds |", "|---|---|"]
+    for name in variants(cells):
+        mean, error = mean_and_error([change(cells, name, seed) for seed in seeds])
+        lines.append(f"| {name} | {mean:+.4f} ± {error:.4f} |")
     half = len(seeds) // 2 if len(seeds) > 3 and len(variants(cells)) > 2 else len(seeds)
     lines += ["\n| pair | seeds | first minus second, dropless | with drops |", "|---" * 4 + "|"]
     for pair in flips(cells, seeds[:half])[:5]:

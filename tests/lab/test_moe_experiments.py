@@ -117,6 +117,7 @@ def test_a_flip_is_named_by_half_of_the_seeds_and_judged_by_the_others():
     assert len(lab.flips(cells, [0, 1])) == len(lab.VARIANTS) - 1
     rows = lab.report(cells).splitlines()
     assert "| free, quiet | 0 1 | -1.0050 ± 0.0050 | +7.9950 ± 0.0050 |" in rows
+    assert "| free | +9.0000 ± 0.0000 |" in rows and "| wide | +0.0000 ± 0.0000 |" in rows
     assert "| free, quiet | 2 3 | -1.0250 ± 0.0050 | +7.9750 ± 0.0050 |" in rows
     two = {(arm, seed): cell for (arm, seed), cell in cells.items() if arm.split()[0] in ("free", "quiet")}
     assert lab.variants({key: cell for key, cell in two.items() if key[0] != "quiet capacity"}) == ["free"]
