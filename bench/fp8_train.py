@@ -103,7 +103,8 @@ def profiled(policy: str, seed: int, options: argparse.Namespace) -> dict[str, A
 def largest(events: list[Any], by: str, count: int = 25) -> list[tuple[str, float, int]]:
     """Name, milliseconds a step, calls a step."""
     events = sorted(events, key=lambda event: -getattr(event, by))[:count]
-    return [(event.key[:100], round(getattr(event, by) / 1e3 / PROFILED, 3), event.count // PROFILED) for event in events]
+    per_step = 1e3 * PROFILED
+    return [(event.key[:100], round(getattr(event, by) / per_step, 3), event.count // PROFILED) for event in events]
 
 
 def device_name(device: str) -> str:
@@ -134,12 +135,14 @@ def written(path: Path, rows: list[dict[str, Any]]) -> None:
 def summary(rows: list[dict[str, Any]]) -> str:
     """A table: mean of the last tenth of the losses, speed beside bf16's."""
     base = [row["tokens_per_second"] for row in rows if row["policy"] == "bf16"]
-    lines = [f"{'policy':12} {'seed':>4} {'last loss':>9} {'held out':>8} {'tok/s':>9} {'x bf16':>6} {'mfu':>5} {'GiB':>5} saturated"]
+    names = f"{'policy':12} {'seed':>4} {'last loss':>9} {'held out':>8}"
+    lines = [f"{names} {'tok/s':>9} {'x bf16':>6} {'mfu':>5} {'GiB':>5} saturated"]
     for row in rows:
         last = statistics.fmean(row["losses"][-max(1, len(row["losses"]) // 10) :])
         ratio = f"{row['tokens_per_second'] / statistics.median(base):.2f}" if base else "-"
         lines.append(
-            f"{row['policy']:12} {row['seed']:4} {last:9.4f} {row['heldout']:8.4f} {row['tokens_per_second']:9.0f} {ratio:>6} "
+            f"{row['policy']:12} {row['seed']:4} {last:9.4f} {row['heldout']:8.4f} "
+            f"{row['tokens_per_second']:9.0f} {ratio:>6} "
             f"{100 * row['mfu']:4.0f}% {row['peak_bytes'] / 2**30:5.1f} {sum(row['saturated'])}"
         )
     return "\n".join(lines)

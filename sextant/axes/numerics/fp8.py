@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from sextant.axes.numerics.base import Multiplies, Numerics, Product
 from sextant.axes.numerics.policy import BF16
-from sextant.kernels.grouped import grouped_linear
+from sextant.kernels.grouped import grouped_linear, padded_grouped_outer
 
 
 class FP8(Numerics):
@@ -51,6 +51,6 @@ def plain_rows(x_ND: Tensor, weight_EFD: Tensor, counts_E: Tensor | None) -> Ten
 def plain_weight_gradient(x_ND: Tensor, dy_NF: Tensor, counts_E: Tensor) -> Tensor:
     """``dw_EDF`` in the dtype of the rows, sums in fp32: each matrix over its own rows."""
     if x_ND.is_cuda and x_ND.dtype == torch.bfloat16:
-        return F.grouped_mm(x_ND.t(), dy_NF, offs=counts_E.cumsum(0, dtype=torch.int32))
+        return padded_grouped_outer(x_ND, dy_NF, counts_E)
     parts = zip(x_ND.split(counts_E.tolist()), dy_NF.split(counts_E.tolist()), strict=True)
     return torch.stack([x.t() @ dy for x, dy in parts])

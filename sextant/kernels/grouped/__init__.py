@@ -132,11 +132,23 @@ def padded_grouped_mm(x_ND: Tensor, weight_EDF: Tensor, counts_E: Tensor) -> Ten
     """torch's grouped product, which wants some rows, and widths that are multiples of 16 bytes: zeros fill them up."""
     if not len(x_ND):
         return x_ND @ weight_EDF[0]
-    depth, width = weight_EDF.shape[1:]
-    deeper, wider = -depth % 8, -width % 8
-    if deeper or wider:
-        x_ND, weight_EDF = F.pad(x_ND, (0, deeper)), F.pad(weight_EDF, (0, wider, 0, deeper))
-    return F.grouped_mm(x_ND, weight_EDF, offs=counts_E.cumsum(0, dtype=torch.int32))[:, :width]
+    width, weight_EDF = weight_EDF.shape[2], _filled(_filled(weight_EDF).mT).mT
+    return F.grouped_mm(_filled(x_ND), weight_EDF, offs=counts_E.cumsum(0, dtype=torch.int32))[:, :width]
+
+
+def padded_grouped_outer(x_ND: Tensor, dy_NF: Tensor, counts_E: Tensor) -> Tensor:
+    """The same for weights' gradients: ``dw_EDF``, for each expert the product of its rows of both."""
+    depth, width = x_ND.shape[1], dy_NF.shape[1]
+    if not len(x_ND):
+        return x_ND.new_zeros(len(counts_E), depth, width)
+    ends_E = counts_E.cumsum(0, dtype=torch.int32)
+    return F.grouped_mm(_filled(x_ND).t(), _filled(dy_NF), offs=ends_E)[:, :depth, :width]
+
+
+def _filled(x: Tensor) -> Tensor:
+    """Zeros up to a multiple of eight columns."""
+    more = -x.shape[-1] % 8
+    return F.pad(x, (0, more)) if more else x
 
 
 def grouped_swiglu_reference(x_ND: Tensor, up_EDF: Tensor, down_EFD: Tensor, counts_E: Tensor) -> Tensor:
