@@ -46,7 +46,7 @@ def declared(policy: str, seed: int, options: argparse.Namespace) -> Run:
         eval_every=10**6, sample_every=10**6, save_every=10**6, log_every=max(1, options.steps // 10),
     )
     if options.rows:
-        micro_rows = min(options.rows, run.batch.micro_rows)
+        micro_rows = options.micro_rows or min(options.rows, run.batch.micro_rows)
         run = run.replace(batch=run.batch.replace(rows=options.rows, micro_rows=micro_rows))
     if options.tiny:
         run = run.replace(
@@ -69,7 +69,8 @@ def measured(policy: str, seed: int, options: argparse.Namespace) -> dict[str, A
     warm = steps[len(steps) // 10 :]
     return {
         "policy": policy, "seed": seed, "recipe": trainer.run.name, "steps": len(steps), "compile": trainer.run.compile,
-        "tokens_per_step": steps[0]["tokens"], "losses": [round(step["loss"], 5) for step in steps],
+        "tokens_per_step": steps[0]["tokens"],
+        "micro_rows": trainer.run.batch.micro_rows, "losses": [round(step["loss"], 5) for step in steps],
         "heldout": round(heldout.loss, 5), "saturated": [step["saturated"] for step in steps], "paths": fp8.paths(),
         "peak_bytes": steps[-1]["memory"],
         "tokens_per_second": statistics.median(step["tokens_per_second"] for step in warm),
@@ -119,6 +120,7 @@ def in_a_process(policy: str, seed: int, options: argparse.Namespace) -> dict[st
             sys.executable, __file__, "--one", policy, str(seed), "--steps", str(options.steps), "--device",
             options.device, "--out", str(result), *(["--tiny"] if options.tiny else []),
             *(["--rows", str(options.rows)] if options.rows else []),
+            *(["--micro-rows", str(options.micro_rows)] if options.micro_rows else []),
             *(["--eager"] if options.eager else []), *(["--way", options.way] if options.way else []),
             *(["--profile"] if options.profile else []),
         ]
@@ -153,6 +155,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--rows", type=int, help="sequences a step, instead of the recipe's")
+    parser.add_argument("--micro-rows", type=int, help="of them at a time; with --rows")
     parser.add_argument("--policies", nargs="*", default=list(POLICIES), choices=list(POLICIES))
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--device", default="cuda")

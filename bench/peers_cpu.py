@@ -37,12 +37,14 @@ from sextant.train.loss import Balance, micro_loss
 from sextant.train.run import Run
 
 ROWS, LENGTH = 8, 256
+STEPS = 5
+"""Training steps in a row: one alone would begin with caches that other rivals have filled."""
 PROMPT, NEW = 64, 128
 TWINS = ("mixtral-8x7b", "llama-3-8b")
 RIVALS = ("ours", "theirs", "theirs+")
 JOBS = ("train", "decode 1", "decode 16")
 Turn = Callable[[], int]
-"""One step or generation; returns the tokens it made or learnt from."""
+"""A few steps or one generation; returns the tokens it made or learnt from."""
 
 
 def their_model(spec: ModelSpec, dtype: torch.dtype) -> Any:
@@ -140,10 +142,15 @@ def rival(name: str, twin: str, dtype: str, job: str) -> Turn:
     if name != "theirs":
         keep_freed_memory()
     if name == "ours":
-        return our_training(run) if kind == "train" else our_decoding(run, int(batch))
+        return in_a_row(our_training(run)) if kind == "train" else our_decoding(run, int(batch))
     if kind == "train":
-        return their_training(run.model, their_dtype)
+        return in_a_row(their_training(run.model, their_dtype))
     return their_decoding(run.model, their_dtype, int(batch))
+
+
+def in_a_row(step: Turn) -> Turn:
+    """Several steps as one turn."""
+    return lambda: sum(step() for _ in range(STEPS))
 
 
 def serve(turn: Turn) -> None:

@@ -112,7 +112,7 @@ def test_switch_equals_theirs():
     chosen_TE = next(part[0] for part in found if not part.is_floating_point())
     prob_T1 = next(part[0] for part in found if part.is_floating_point() and part.shape[-1] == 1)
     torch.testing.assert_close(routing.logits_TE, theirs.classifier(x_TD), rtol=0, atol=0)
-    assert torch.equal(routing.experts_TA[:, 0], chosen_TE.argmax(-1))
+    assert torch.equal(routing.experts_TA[:, 0], chosen_TE.argmax(-1).flatten())
     torch.testing.assert_close(routing.gates_TA, prob_T1)
 
 
