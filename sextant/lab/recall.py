@@ -89,12 +89,10 @@ def learn(
     say: Callable[[str], None] = lambda line: None,
     every: int = 20,
     enough: float = math.inf,
-    patience: float = math.inf,
 ) -> list[Point]:
     """Train for so many steps, on one lesson after another: the next begins when the last ``every`` steps were nearly
     all right, so that easy rows teach the way to hard ones. Ends early when the last lesson's share of right answers
-    passes ``enough``, or when the first lesson has lasted for ``patience`` steps. The same seed gives the same rows as
-    long as lessons agree.
+    passes ``enough``. The same seed gives the same rows as long as lessons agree.
 
     Returns:
         The curve: points of the last lesson say how well it is solved; before it is reached, the share is 0.
@@ -113,7 +111,7 @@ def learn(
         recent = [*recent, right][-every:]
         mean = sum(recent) / len(recent)
         last, whole = lesson == len(lessons) - 1, len(recent) == every
-        done = step == steps or (last and whole and mean > enough) or (lesson == 0 and step >= patience)
+        done = step == steps or (last and whole and mean > enough)
         if step % every == 0 or done:
             curve.append((step, loss.item(), mean if last else 0.0))
             say(f"{model.spec.name} seed {seed} step {step} lesson {lesson} loss {loss.item():.3f} right {mean:.2f}")

@@ -1,7 +1,6 @@
 """The phone book asks only for what it told, far enough away; a small model learns its first lesson."""
 
 import importlib.util
-import math
 from pathlib import Path
 
 import torch
@@ -54,38 +53,25 @@ def test_a_lesson_is_learnt_and_seeds_repeat():
     assert curves[0][-1][1] < 0.8 * curves[0][0][1]
 
 
-def test_patience_ends_only_who_stays_in_the_first_lesson():
-    """With one name there is nothing to choose and the first lesson is over at once; with eight it is not."""
-    hard, trivial = (PhoneBook(pairs=pairs, book=2 * pairs, gap=0, names=names) for pairs, names in ((4, 8), (1, 1)))
-
-    def curve(lessons: list[PhoneBook], patience: float) -> list:
-        return learn(tiny(8).build(seed=0), lessons, 60, 0, rows=4, every=5, patience=patience)
-
-    assert [point[0] for point in curve([hard, trivial], 12)] == [5, 10, 12]
-    assert curve([hard, trivial], 12)[:2] == curve([hard, trivial], math.inf)[:2]
-    assert curve([trivial, hard], 30) == curve([trivial, hard], math.inf) and curve([trivial, hard], 30)[-1][0] == 60
-
-
-def test_a_needle_model_begins_again_until_a_start_leaves_the_first_lesson(monkeypatch):
+def test_a_needle_model_begins_again_until_a_start_reaches_the_last_lesson(monkeypatch):
     found = importlib.util.spec_from_file_location("needle", NEEDLE)
     lab = importlib.util.module_from_spec(found)
     found.loader.exec_module(lab)
     learnt = []
 
     def learn_like(leaving: int):
-        def learn(model, lessons, steps, seed, *, patience=math.inf, **rest):
-            learnt.append((seed, patience))
-            return [(700, 0.1, 1.0)] if len(learnt) == leaving else [(min(patience, steps), 2.0, 0.0)]
+        def learn(model, lessons, steps, seed, **rest):
+            learnt.append(seed)
+            return [(700, 0.1, 1.0)] if len(learnt) == leaving else [(steps, 2.0, 0.0)]
 
         learnt.clear()
         return learn
 
     monkeypatch.setattr(lab, "learn", learn_like(2))
-    assert lab.run("full", 5, 1500)["starts"] == 2 and learnt == [(5, 600), (105, 600)]
+    assert lab.run("full", 5, 1500)["starts"] == 2 and learnt == [5, 105]
     monkeypatch.setattr(lab, "learn", learn_like(0))
     cell = lab.run("window", 5, 1500)
-    assert cell["starts"] == 4 and learnt[-1] == (305, 1500) and cell["curve"] == [(1500, 2.0, 0.0)]
-    assert lab.run("window", 5, 300)["starts"] == 1  # fewer steps than patience: one start has them all
+    assert cell["starts"] == 4 and learnt == [5, 105, 205, 305] and cell["curve"] == [(1500, 2.0, 0.0)]
 
 
 def test_cells_are_run_once(tmp_path):
