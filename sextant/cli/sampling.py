@@ -58,6 +58,7 @@ def loaded(
     from sextant.axes.numerics import TABLE, EightBitKind
     from sextant.cli.runs import pick_device
     from sextant.core.errors import UsageError, nearest
+    from sextant.model.checks import notes
     from sextant.serve.generate import load
 
     kinds = {row.name: row.spec for row in TABLE}
@@ -67,4 +68,7 @@ def loaded(
     if weights is not None and weights not in small:
         raise UsageError("no such weights", where="--weights", got=weights, expected=" or ".join(small))
     numerics = kinds[dtype]() if dtype else None
-    return load(path, pick_device(device), numerics, weights)  # type: ignore[arg-type]
+    model, tokenizer, run = load(path, pick_device(device), numerics, weights)  # type: ignore[arg-type]
+    for line in notes(model.spec):
+        typer.echo(f"note: {line}", err=True)
+    return model, tokenizer, run

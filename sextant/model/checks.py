@@ -28,6 +28,17 @@ def check(model: ModelSpec, path: str = "model") -> None:
             raise UsageError(what, where=f"{path}.{where}", fix=fix)
 
 
+def notes(model: ModelSpec) -> list[str]:
+    """What works and may surprise, a line each."""
+    routers = {index: layer.feed_forward.router for index, layer in enumerate(model.layers)
+               if isinstance(layer.feed_forward, Experts) and not layer.feed_forward.router.causal}
+    if not routers:
+        return []
+    kinds, places = sorted({router.kind for router in routers.values()}), ", ".join(map(str, routers))
+    return [f"{' and '.join(kinds)} (layers {places}) looks at all tokens of a call, later ones too: what is generated "
+            "token by token is another function than what was trained"]
+
+
 def _each_layer(rule: Callable[[Layer, ModelSpec], Iterator[Problem]]) -> Callable[[ModelSpec], Iterator[Problem]]:
     @wraps(rule)
     def over_layers(model: ModelSpec) -> Iterator[Problem]:

@@ -22,6 +22,7 @@ from sextant.core.errors import NumericsError, Stopped
 from sextant.data.loader import Batch, Loader, bytes_of, heldout
 from sextant.data.prepare import opened
 from sextant.data.tokenizer import Tokenizer
+from sextant.model.checks import notes
 from sextant.model.switch import switch
 from sextant.model.transformer import Transformer
 from sextant.train import checkpoint
@@ -76,6 +77,8 @@ class Trainer:
         self.board = Board(folder.path, self.step)
         if run.schedule.warmup >= run.steps:
             say(f"note: warm-up takes {run.schedule.warmup} steps, the run only {run.steps}")
+        for line in notes(run.model):
+            say(f"note: {line}")
         if run.compile if run.compile is not None else self.device.type == "cuda":
             compile_blocks(self.model)
 

@@ -108,7 +108,7 @@ def _draw_load(folder: Path, steps: Rows) -> Path | None:
     peaks = [[row["load"][str(layer)]["max_over_mean"] for row in steps if row["load"]] for layer in layers]
     figure = Figure(figsize=(7, 1.2 + 0.35 * len(layers)))
     axes = figure.add_subplot(xlabel="step", ylabel="MoE layer", title="Expert load, max / mean")
-    extent = (steps[0]["step"], steps[-1]["step"], len(layers) - 0.5, -0.5)
+    extent = (steps[0]["step"] - 0.5, steps[-1]["step"] + 0.5, len(layers) - 0.5, -0.5)
     image = axes.imshow(peaks, aspect="auto", interpolation="nearest", extent=extent, vmin=1.0)
     axes.set_yticks(range(len(layers)), [str(layer) for layer in layers])
     figure.colorbar(image, ax=axes)

@@ -217,3 +217,15 @@ def test_ctrl_c_stops_an_answer_and_keeps_the_conversation(
     monkeypatch.setattr("sys.stdin", io.StringIO("The \n/stats\n"))
     code, _, err = sextant("chat", str(trained), "--temperature", "0", "--device", "cpu")
     assert code == 0 and "[stopped]" in err and "prompt tokens" in err
+
+
+def test_a_model_whose_choices_look_ahead_says_so_in_training_and_in_use(sextant: Any, tmp_path: Path):
+    folder = tmp_path / "choosing"
+    experts = '{"kind": "experts", "experts": 4, "hidden": 8, "router": {"kind": "expert_choice", "top_k": 1}}'
+    settings = ["steps=1", "schedule.warmup=0", "eval_tokens=256", "data.seq_len=32", "sample_every=9",
+                f"model.layers[0].feed_forward={experts}"]
+    arguments = [word for setting in settings for word in ("--set", setting)]
+    code, _, err = sextant("train", "nano", "-o", str(folder), "--device", "cpu", *arguments)
+    assert code == 0 and "note: expert_choice (layers 0) looks at all tokens" in " ".join(err.split())
+    code, _, err = sextant("generate", str(folder), "--prompt", "a", "--max-tokens", "2", "--device", "cpu")
+    assert code == 0 and "note: expert_choice (layers 0) looks at all tokens" in " ".join(err.split())

@@ -26,10 +26,10 @@ from sextant.axes.attention import (
 from sextant.axes.attention.seer import Budget
 from sextant.axes.capacity import Dense, Experts
 from sextant.axes.kv import GQA, MLA, ALiBi, NoPE
-from sextant.axes.routing import Bias
+from sextant.axes.routing import Bias, ExpertChoice
 from sextant.axes.stability import MuPInit, SandwichNorm
 from sextant.core.errors import UsageError
-from sextant.model.checks import RULES, check
+from sextant.model.checks import RULES, check, notes
 from sextant.model.spec import Layer
 
 GOOD = Layer(kv=GQA(heads=4, kv_heads=2, head_dim=8), feed_forward=Dense(hidden=8))
@@ -215,3 +215,11 @@ def test_good_neighbours_pass():
 def test_path_starts_where_the_caller_says():
     with pytest.raises(UsageError, match=r"run\.model\.layers\[0\]\.residual\.attention_gain"):
         check(model_spec(GOOD.replace(residual=SandwichNorm(attention_gain=-1.0))), "run.model")
+
+
+def test_what_looks_at_other_tokens_is_said():
+    choosing = Experts(experts=4, hidden=8, router=ExpertChoice(top_k=2))
+    plain, ahead = [GOOD, GOOD.replace(feed_forward=Experts(experts=4, hidden=8))], GOOD.replace(feed_forward=choosing)
+    assert notes(model_spec(*plain)) == []
+    (line,) = notes(model_spec(*plain, ahead, ahead))
+    assert line.startswith("expert_choice (layers 2, 3) looks at all tokens of a call")

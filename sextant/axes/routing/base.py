@@ -98,6 +98,8 @@ class Router(Spec):
 
     top_k: int
     estimates_load: ClassVar[bool] = False
+    causal: ClassVar[bool] = True
+    """Whether a token's experts are its own affair; if not, generation is another function than training."""
 
     def build(self, width: int, experts: int) -> RouterModule:
         raise NotImplementedError

@@ -8,7 +8,7 @@ tokens compete, is another function than training.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -21,6 +21,7 @@ from sextant.core.cost import At, Cost
 class ExpertChoice(Router):
     """``top_k`` is ``c``, the experts that a token meets on average (the paper's capacity factor)."""
 
+    causal: ClassVar[bool] = False
     kind: Literal["expert_choice"] = "expert_choice"
     top_k: int = Field(ge=1)
 
