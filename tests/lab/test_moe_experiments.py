@@ -61,6 +61,18 @@ def test_one_cell_and_the_report_of_a_grid_of_it(name, short, tmp_path):
         assert cell["changed"] == 0 and router[1] > 0.01 and residual[1] > cell["after"]["residual bf16"][1]
 
 
+def test_learning_by_heart_and_its_picture(tmp_path):
+    pytest.importorskip("matplotlib")
+    lab = script("fp8_by_heart")
+    lab.BATCHES, lab.ROWS = 2, 2
+    cells = {(arm, seed): lab.cell(arm, seed, 2) for arm in ("bf16", "delayed") for seed in range(2)}
+    assert cells["bf16", 0]["loss"] != cells["delayed", 0]["loss"]
+    assert [at for at, _ in cells["bf16", 0]["curve"]] == [2]
+    lab.draw(tmp_path / "a.png", {(arm, seed): cells["delayed", seed] for arm in lab.ARMS for seed in range(2)})
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert len((tmp_path / "a.csv").read_text().splitlines()) == 1 + 2 * len(lab.ARMS)
+
+
 @pytest.mark.parametrize("arm", ["fp8 delayed", "fp8 blocks", "router fp8", "residual bf16", "logits bf16"])
 def test_every_kind_of_lowering_trains(arm, short):
     lab = script("fp8_quality")
