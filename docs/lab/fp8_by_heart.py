@@ -69,7 +69,8 @@ def draw(path: Path, cells: dict[tuple[str, int], grid.Cell]) -> None:
     seeds = sorted({seed for _, seed in cells})
     apart = {arm: [cells[arm, seed]["loss"] - cells["bf16", seed]["loss"] for seed in seeds] for arm in ARMS}
     del apart["bf16"]
-    gaps(path, {"a dot per seed, mean and its standard error": apart}, xlabel="training loss of the last pass minus bf16's", title="Random rows by heart")
+    base = "a dot per seed, mean and its standard error"
+    gaps(path, {base: apart}, xlabel="training loss of the last pass minus bf16's", title="Random rows by heart")
     numbers(path.with_suffix(".csv"), cells, ["loss"])
 
 
