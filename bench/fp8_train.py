@@ -33,6 +33,11 @@ from sextant.train.loop import Trainer
 from sextant.train.run import Run
 
 POLICIES: dict[str, AnyNumerics] = {"bf16": BF16(), "fp8_delayed": FP8Delayed(), "fp8_blocks": FP8Blocks()}
+PARTS: dict[str, AnyNumerics] = {
+    "bf16_forward": FP8Delayed(forward="bf16"), "bf16_gradient": FP8Delayed(data_gradient="bf16"),
+    "e4m3_gradient": FP8Delayed(data_gradient="e4m3"), "16_steps": FP8Delayed(history=16),
+}
+"""Delayed scaling with one part changed: run where asked for, to find what sets it apart."""
 RECIPE, TINY = "moe-400m-a100m", "mai-base-1"
 PROFILED = 3
 """Steps under the profiler."""
@@ -42,7 +47,7 @@ def declared(policy: str, seed: int, options: argparse.Namespace) -> Run:
     """The recipe's run with another policy and seed; evaluated at its end, never saved."""
     run = recipes.get(TINY if options.tiny else RECIPE).twin()
     run = run.replace(
-        numerics=POLICIES[policy], seed=seed, steps=options.steps, compile=not (options.eager or options.tiny),
+        numerics=(POLICIES | PARTS)[policy], seed=seed, steps=options.steps, compile=not (options.eager or options.tiny),
         eval_every=10**6, sample_every=10**6, save_every=10**6, log_every=max(1, options.steps // 10),
     )
     if options.rows:
@@ -137,13 +142,13 @@ def written(path: Path, rows: list[dict[str, Any]]) -> None:
 def summary(rows: list[dict[str, Any]]) -> str:
     """A table: mean of the last tenth of the losses, speed beside bf16's."""
     base = [row["tokens_per_second"] for row in rows if row["policy"] == "bf16"]
-    names = f"{'policy':12} {'seed':>4} {'last loss':>9} {'held out':>8}"
+    names = f"{'policy':13} {'seed':>4} {'last loss':>9} {'held out':>8}"
     lines = [f"{names} {'tok/s':>9} {'x bf16':>6} {'mfu':>5} {'GiB':>5} saturated"]
     for row in rows:
         last = statistics.fmean(row["losses"][-max(1, len(row["losses"]) // 10) :])
         ratio = f"{row['tokens_per_second'] / statistics.median(base):.2f}" if base else "-"
         lines.append(
-            f"{row['policy']:12} {row['seed']:4} {last:9.4f} {row['heldout']:8.4f} "
+            f"{row['policy']:13} {row['seed']:4} {last:9.4f} {row['heldout']:8.4f} "
             f"{row['tokens_per_second']:9.0f} {ratio:>6} "
             f"{100 * row['mfu']:4.0f}% {row['peak_bytes'] / 2**30:5.1f} {sum(row['saturated'])}"
         )
@@ -156,7 +161,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--rows", type=int, help="sequences a step, instead of the recipe's")
     parser.add_argument("--micro-rows", type=int, help="of them at a time; with --rows")
-    parser.add_argument("--policies", nargs="*", default=list(POLICIES), choices=list(POLICIES))
+    parser.add_argument("--policies", nargs="*", default=list(POLICIES), choices=[*POLICIES, *PARTS])
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="the twin of MAI-Base-1 with 2 rows of 64 tokens")
