@@ -48,7 +48,8 @@ def declared(policy: str, seed: int, options: argparse.Namespace) -> Run:
     run = recipes.get(TINY if options.tiny else RECIPE).twin()
     run = run.replace(
         numerics=(POLICIES | PARTS)[policy], seed=seed, steps=options.steps,
-        compile=not (options.eager or options.tiny), eval_every=10**6, sample_every=10**6, save_every=10**6, log_every=max(1, options.steps // 10),
+        compile=not (options.eager or options.tiny),
+        eval_every=10**6, sample_every=10**6, save_every=10**6, log_every=max(1, options.steps // 10),
     )
     if options.rows:
         micro_rows = options.micro_rows or min(options.rows, run.batch.micro_rows)
