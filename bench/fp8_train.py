@@ -1,6 +1,7 @@
 """Train the mixture of the one-GPU bench in bf16 and under both FP8 recipes: loss by step, speed, saturated casts.
 
     python bench/fp8_train.py --out bench/results/fp8_train.json            # on a GPU: 500 steps, seeds 0 1 2
+    python bench/fp8_train.py --code python-code --out code.json            # on more text than it reads: one pass
     python bench/fp8_train.py --device cpu --tiny --steps 4 --seeds 0 --out dry.json # the same script, tiny
     python bench/fp8_train.py --profile --seeds 0 --out profile.json        # three steps of each under the profiler
 
@@ -27,6 +28,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from sextant import recipes
 from sextant.axes.numerics import BF16, AnyNumerics, FP8Blocks, FP8Delayed
+from sextant.data.prepare import prepare
 from sextant.kernels import fp8
 from sextant.train.folder import RunFolder
 from sextant.train.loop import Trainer
@@ -54,11 +56,29 @@ def declared(policy: str, seed: int, options: argparse.Namespace) -> Run:
     if options.rows:
         micro_rows = options.micro_rows or min(options.rows, run.batch.micro_rows)
         run = run.replace(batch=run.batch.replace(rows=options.rows, micro_rows=micro_rows))
+    if options.code:
+        run = run.replace(data=run.data.replace(source=str(code(options.code, run.data.vocab))))
     if options.tiny:
         run = run.replace(
             data=run.data.replace(seq_len=64), batch=run.batch.replace(rows=2, micro_rows=2), eval_tokens=256,
         )
     return run
+
+
+def code(folder: Path, vocab: int) -> Path:
+    """Python sources of torch and transformers, a text for one pass where the books are read many times."""
+    if folder.exists():
+        return folder
+    packages = [Path(torch.__file__).parent, Path(torch.__file__).parents[1] / "transformers"]
+    files = [file for package in packages for file in sorted(package.rglob("*.py"))]
+    with tempfile.TemporaryDirectory() as where:
+        rows = Path(where) / "sources.jsonl"
+        with rows.open("w") as out:
+            for file in files:
+                if text := file.read_text(errors="ignore").strip():
+                    out.write(json.dumps({"text": text}) + "\n")
+        prepare([rows], folder, vocab=vocab, heldout=0.01, quiet=True)
+    return folder
 
 
 def measured(policy: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -75,7 +95,7 @@ def measured(policy: str, seed: int, options: argparse.Namespace) -> dict[str, A
     warm = steps[len(steps) // 10 :]
     return {
         "policy": policy, "seed": seed, "recipe": trainer.run.name, "steps": len(steps), "compile": trainer.run.compile,
-        "tokens_per_step": steps[0]["tokens"],
+        "tokens_per_step": steps[0]["tokens"], "passes": round(trainer.tokens / trainer.train_shards.tokens, 2),
         "micro_rows": trainer.run.batch.micro_rows, "losses": [round(step["loss"], 5) for step in steps],
         "heldout": round(heldout.loss, 5), "saturated": [step["saturated"] for step in steps], "paths": fp8.paths(),
         "peak_bytes": steps[-1]["memory"],
@@ -125,6 +145,7 @@ def in_a_process(policy: str, seed: int, options: argparse.Namespace) -> dict[st
         command = [
             sys.executable, __file__, "--one", policy, str(seed), "--steps", str(options.steps), "--device",
             options.device, "--out", str(result), *(["--tiny"] if options.tiny else []),
+            *(["--code", str(options.code)] if options.code else []),
             *(["--rows", str(options.rows)] if options.rows else []),
             *(["--micro-rows", str(options.micro_rows)] if options.micro_rows else []),
             *(["--eager"] if options.eager else []), *(["--way", options.way] if options.way else []),
@@ -162,6 +183,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--rows", type=int, help="sequences a step, instead of the recipe's")
     parser.add_argument("--micro-rows", type=int, help="of them at a time; with --rows")
+    parser.add_argument("--code", type=Path, metavar="FOLDER", help="Python sources, prepared there, not the books")
     parser.add_argument("--policies", nargs="*", default=list(POLICIES), choices=[*POLICIES, *PARTS])
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--device", default="cuda")
