@@ -56,8 +56,8 @@ def twin_run(model: ModelSpec, *, steps: int = 600, lr: float = 4e-3) -> Run:
     """The CPU twin's run: the bundled books, 2,048 tokens a step, about two minutes for a million active parameters."""
     return Run(
         name=model.name, model=model, data=Data(vocab=model.vocab, seq_len=256), optimiser=AdamW(lr=lr),
-        schedule=Cosine(warmup=30), batch=Batch(rows=8, micro_rows=8), steps=steps, log_every=10, eval_every=200,
-        sample_every=200, save_every=200,
+        schedule=Cosine(warmup=30), batch=Batch(rows=8, micro_rows=4, lanes=2), steps=steps, log_every=10,
+        eval_every=200, sample_every=200, save_every=200,
     )
 
 

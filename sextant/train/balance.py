@@ -7,7 +7,7 @@ gives the sum of a tensor over them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -88,9 +88,9 @@ def alone(sums: Tensor) -> Tensor:
 class Balance:
     """Balance terms of all MoE layers, those of prediction modules included, over one step.
 
-    ``start``, then ``loss`` for each micro-batch, then ``update`` after the optimiser. Where ``ahead`` says so and
-    there is more than one micro-batch, ``foresee`` comes before the first ``loss``; without it, scope ``global_batch``
-    sees what has been counted so far, as ``running`` does.
+    ``start``, then for each micro-batch ``count`` and ``loss``, then ``update`` after the optimiser. Where ``ahead``
+    says so and not all micro-batches are counted at once, ``foresee`` comes before the first ``loss``; without it,
+    scope ``global_batch`` sees what has been counted so far, as ``running`` does.
     """
 
     def __init__(self, model: ModelSpec, reduce: Reduce = alone):
@@ -107,6 +107,7 @@ class Balance:
         """Forget the last step."""
         self.tallies: dict[int, Tally] = {}
         self.sums: dict[tuple[int, int], Tensor] = {}
+        self.whole: dict[tuple[int, int], Tensor] = {}
         self.foreseen = False
 
     def foresee(self, step: Iterable[dict[int, Routing]]) -> None:
@@ -114,30 +115,37 @@ class Balance:
         for routings in step:
             self._sum(routings)
             del routings  # and its graph, before the next forward
-        self.sums = {key: self.reduce(own) for key, own in self.sums.items()}
+        self.whole = {key: self.reduce(own) for key, own in self.sums.items()}
         self.foreseen = True
 
-    def loss(self, routings: dict[int, Routing], stream: Stream, tokens: int) -> Tensor:
-        """Losses of this micro-batch, after counting its copies."""
+    def count(self, wave: Sequence[dict[int, Routing]]) -> None:
+        """Take in the copies of micro-batches that are learnt from next, one or several at once."""
+        for routings in wave:
+            for index, routing in routings.items():
+                self.tallies.setdefault(index, Tally()).add(routing)
+            if not self.foreseen:
+                self._sum(routings)
         if not self.foreseen:
-            self._sum(routings)
+            losses = [key for key in self.sums if isinstance(self._term(*key), BalanceLoss)]
+            self.whole |= {key: self.reduce(self.sums[key]) for key in losses}
+
+    def loss(self, routings: dict[int, Routing], stream: Stream, tokens: int) -> Tensor:
+        """Losses of one micro-batch that was counted; changes nothing."""
         total = torch.zeros((), device=stream.positions_T.device)
         for index, routing in routings.items():
-            self.tallies.setdefault(index, Tally()).add(routing)
             for place, term in enumerate(self.terms[index]):
                 if isinstance(term, BalanceLoss):
-                    counts_E = self._whole(index, place) if (index, place) in self.sums else None
-                    total = total + term.loss(routing, stream, counts_E, tokens)
+                    total = total + term.loss(routing, stream, self.whole.get((index, place)), tokens)
         return total
 
     @torch.no_grad()
     def update(self, model: Transformer, progress: float) -> None:
         """Let selection biases follow the step's counts; ``progress`` is the share of the run that is done."""
-        for index, terms in self.terms.items():
-            for place, term in enumerate(terms):
-                if isinstance(term, BalanceUpdate) and (index, place) in self.sums:
-                    router = model.all_blocks[index].feed_forward.get_submodule("router")
-                    term.update(router, self._whole(index, place), progress)
+        for (index, place), own in self.sums.items():
+            term = self._term(index, place)
+            if isinstance(term, BalanceUpdate):
+                router = model.all_blocks[index].feed_forward.get_submodule("router")
+                term.update(router, self.whole[index, place] if self.foreseen else self.reduce(own), progress)
 
     def loads(self) -> dict[int, Load]:
         """Load by MoE layer over the step."""
@@ -151,7 +159,5 @@ class Balance:
                     before = self.sums.get((index, place))
                     self.sums[index, place] = own if before is None else before + own
 
-    def _whole(self, index: int, place: int) -> Tensor:
-        """A term's sum over the step, as far as it is known, and over all ranks."""
-        own = self.sums[index, place]
-        return own if self.foreseen else self.reduce(own)
+    def _term(self, index: int, place: int) -> BalanceTerm:
+        return self.terms[index][place]

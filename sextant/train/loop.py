@@ -14,7 +14,6 @@ from types import FrameType
 import torch
 from torch import Tensor
 
-from sextant.axes.routing import Routing
 from sextant.core import units
 from sextant.core.allocator import keep_freed_memory
 from sextant.core.cost import At
@@ -26,11 +25,12 @@ from sextant.model.checks import notes
 from sextant.model.switch import switch
 from sextant.model.transformer import Transformer
 from sextant.train import checkpoint
+from sextant.train.backward import Backward
 from sextant.train.balance import Balance
 from sextant.train.board import Board
 from sextant.train.evaluate import HeldOut, evaluate
 from sextant.train.folder import RunFolder
-from sextant.train.loss import micro_loss
+from sextant.train.lanes import Lanes, lanes_for
 from sextant.train.optim import train_only
 from sextant.train.rng import random_states, restore_random_states
 from sextant.train.run import Run, changes, check_run, check_vocab
@@ -79,7 +79,12 @@ class Trainer:
             say(f"note: warm-up takes {run.schedule.warmup} steps, the run only {run.steps}")
         for line in notes(run.model):
             say(f"note: {line}")
-        if run.compile if run.compile is not None else self.device.type == "cuda":
+        compiled = run.compile if run.compile is not None else self.device.type == "cuda"
+        lanes = Lanes(1) if compiled else lanes_for(self.model, run.batch.lanes)
+        if lanes.count < run.batch.lanes and self.device.type == "cpu":
+            say("note: micro-batches of this run go one after another, not side by side (batch.lanes)")
+        self.backward = Backward(self.model, self.balance, lanes, self._seed)
+        if compiled:
             compile_blocks(self.model)
 
     def fit(self) -> HeldOut:
@@ -112,7 +117,7 @@ class Trainer:
             self._enter_stage(self.run.stage_at(self.step))
         self.clock.start()
         batches = self._take(self.run.batch.at(self.step))
-        parts = self._backward(batches)
+        parts = self._learn(batches)
         norm = self._gradient_norm(batches)
         loss = parts["nats"] / sum(batch.predicted for batch in batches)
         if self.spikes.is_spike(loss, norm):
@@ -141,34 +146,17 @@ class Trainer:
         micro = self.run.batch.micro_rows
         return [self.loader.take(micro).to(self.device) for _ in range(rows // micro)]
 
-    def _backward(self, batches: list[Batch]) -> dict[str, float]:
+    def _learn(self, batches: list[Batch]) -> dict[str, float]:
         """Sum gradients over micro-batches; the parts of the step's loss, by name."""
-        predicted = sum(batch.predicted for batch in batches)
-        tokens = sum(batch.tokens_T.numel() for batch in batches)
-        self.balance.start()
-        self.model.train()
-        if self.balance.ahead and len(batches) > 1:
-            self.balance.foresee(self._routings(index, batch) for index, batch in enumerate(batches))
-        parts = []
-        for index, batch in enumerate(batches):
-            self._seed(index)
-            loss = micro_loss(
-                self.model, batch.tokens_T, batch.targets_T, batch.stream, self.balance, predicted, tokens,
-                self.run.mtp_weight_at(self.step),
-            )
+        losses = self.backward(batches, self.run.mtp_weight_at(self.step))
+        for batch, loss in zip(batches, losses, strict=True):
             if not torch.isfinite(loss.total):
                 self._stop_non_finite("loss", batch, first_non_finite(self.model, batch.tokens_T, batch.stream))
-            loss.total.backward()
-            parts.append(loss.parts())
+        parts = [loss.parts() for loss in losses]
         return {name: sum(part[name] for part in parts) for name in parts[0]}
 
     def _seed(self, micro_batch: int) -> None:
         torch.manual_seed((self.run.seed << 40) + (self.step << 12) + micro_batch)
-
-    def _routings(self, index: int, batch: Batch) -> dict[int, Routing]:
-        """What the micro-batch will choose. Gradients stay on: the same kernels give the same choice."""
-        self._seed(index)
-        return self.model(batch.tokens_T, batch.stream, ahead=self.run.mtp_weight_at(self.step) > 0).all_routings
 
     def _gradient_norm(self, batches: list[Batch]) -> float:
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]

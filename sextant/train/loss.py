@@ -7,7 +7,7 @@ never averaged.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -38,6 +38,10 @@ class MicroLoss:
         """All but the total, by name."""
         return {name: float(value) for name, value in vars(self).items() if name != "total"}
 
+    def detached(self) -> MicroLoss:
+        """Without its graph."""
+        return replace(self, total=self.total.detach())
+
 
 def micro_loss(
     model: Transformer,
@@ -49,14 +53,29 @@ def micro_loss(
     tokens: int,
     mtp_weight: float = 0.0,
 ) -> MicroLoss:
-    """Forward of one micro-batch.
+    """Forward of one micro-batch, its copies counted; the arguments are those of :func:`loss_of`."""
+    out = model(tokens_T, stream, ahead=mtp_weight > 0)
+    balance.count([out.all_routings])
+    return loss_of(model, out, targets_T, stream, balance, predicted, tokens, mtp_weight)
+
+
+def loss_of(
+    model: Transformer,
+    out: Output,
+    targets_T: Tensor,
+    stream: Stream,
+    balance: Balance,
+    predicted: int,
+    tokens: int,
+    mtp_weight: float = 0.0,
+) -> MicroLoss:
+    """The loss of a micro-batch that went forward and was counted.
 
     Args:
         predicted: targets of the whole step that are not ignored.
         tokens: tokens of the whole step.
-        mtp_weight: lambda of the prediction modules; they do not run at 0.
+        mtp_weight: lambda of the prediction modules; they did not run at 0.
     """
-    out = model(tokens_T, stream, ahead=mtp_weight > 0)
     nats = summed_loss(out.hidden_TD, model.head_PD, targets_T, softcap=model.spec.softcap)
     extra = balance.loss(out.routings, stream, tokens)
     for one in out.ahead:

@@ -22,11 +22,17 @@ from sextant.train.schedule import AnySchedule, Cosine
 class Batch(Spec):
     """Rows (sequences of ``data.seq_len`` tokens) per optimiser step, and how many go through the model at once.
 
-    ``ramp`` holds (step, rows) pairs: before that step the batch has that many rows.
+    Attributes:
+        micro_rows: rows of one micro-batch; gradients are summed over micro-batches.
+        lanes: micro-batches side by side on a CPU, each with its share of the threads. They need the memory of as many
+            micro-batches and change no gradient but by rounding. Where they cannot be told apart (the forward draws
+            random numbers, or FP8 scales have a history), under a compiler and on a GPU they go one after another.
+        ramp: (step, rows) pairs; before that step the batch has that many rows.
     """
 
     rows: int = Field(default=8, ge=1)
     micro_rows: int = Field(default=8, ge=1)
+    lanes: int = Field(default=1, ge=1)
     ramp: tuple[tuple[int, int], ...] = ()
 
     @model_validator(mode="after")

@@ -57,7 +57,9 @@ def step(
     if balance.ahead and len(sizes) > 1:
         balance.foresee(seeded(model, i, *one) for i, one in enumerate(batches))
     for i, (tokens_T, stream) in enumerate(batches):
-        loss = balance.loss(seeded(model, i, tokens_T, stream), stream, T)
+        routings = seeded(model, i, tokens_T, stream)
+        balance.count([routings])
+        loss = balance.loss(routings, stream, T)
         if loss.requires_grad:
             loss.backward()
         total += loss.item()

@@ -283,6 +283,7 @@ def test_counts_do_not_change_when_activations_are_computed_again(feed_forward):
     balance = Balance(own.spec)
     torch.manual_seed(11)
     out = own(tokens_T, Stream.of_lengths(LENGTHS))
+    balance.count([out.routings])
     loss = own.logits(out.hidden_TD).sum() + balance.loss(out.routings, Stream.of_lengths(LENGTHS), T)
     loss.backward()
     tallied = [torch.stack(tally.counts).sum(0) for tally in balance.tallies.values()]

@@ -110,7 +110,7 @@ def gradients(run: Run, path: Path, rows: int) -> list[torch.Tensor]:
     with RunFolder(path) as folder:
         trainer = Trainer(run.replace(batch=run.batch.replace(micro_rows=rows)), folder, say=quiet)
         trainer.model.double()
-        trainer._backward(trainer._take(4))
+        trainer._learn(trainer._take(4))
         return [p.grad for p in trainer.model.parameters() if p.grad is not None]
 
 
@@ -128,7 +128,7 @@ def test_recomputation_changes_neither_gradients_nor_counts(run, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(kept, again, strict=True))
     with RunFolder(tmp_path / "counts") as folder:
         trainer = Trainer(plain.replace(recompute=True), folder, say=quiet)
-        trainer._backward(trainer._take(4))
+        trainer._learn(trainer._take(4))
         assert [int(sum(tally.counts).sum()) for tally in trainer.balance.tallies.values()] == [4 * 32 * 2]
 
 
