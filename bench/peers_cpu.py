@@ -32,8 +32,12 @@ from sextant import recipes
 from sextant.axes.numerics import BF16, FP32
 from sextant.core.allocator import keep_freed_memory
 from sextant.core.stream import Stream
+from sextant.data.loader import Batch
+from sextant.kernels.loss import IGNORE
 from sextant.model.spec import ModelSpec
-from sextant.train.loss import Balance, micro_loss
+from sextant.train.backward import Backward
+from sextant.train.balance import Balance
+from sextant.train.lanes import lanes_for
 from sextant.train.run import Run
 
 ROWS, LENGTH = 8, 256
@@ -87,24 +91,32 @@ def their_training(spec: ModelSpec, dtype: torch.dtype) -> Turn:
 
 
 def our_training(run: Run) -> Turn:
-    model = run.model.build(run.numerics).train()
+    """As the trainer does it, in the twin's micro-batches and lanes; balance is of the whole batch, as theirs."""
+    spec = run.model.override("layers[*].feed_forward.balance[*].scope=global_batch") if routed(run) else run.model
+    model = spec.build(run.numerics).train()
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    balance = Balance(run.model)
+    backward = Backward(model, Balance(spec), lanes_for(model, run.batch.lanes))
 
     def step() -> int:
-        tokens_BT = torch.randint(2, run.model.vocab, (ROWS, LENGTH))
-        targets_BT = torch.cat([tokens_BT[:, 1:], torch.full_like(tokens_BT[:, :1], -100)], dim=1)
-        balance.start()
-        stream = Stream.of_lengths([LENGTH] * ROWS)
-        tokens_T, targets_T = tokens_BT.flatten(), targets_BT.flatten()
-        loss = micro_loss(model, tokens_T, targets_T, stream, balance, ROWS * (LENGTH - 1), ROWS * LENGTH)
-        loss.total.backward()
+        tokens_BT = torch.randint(2, spec.vocab, (ROWS, LENGTH))
+        backward([batch_of(rows_RT) for rows_RT in tokens_BT.split(run.batch.micro_rows)])
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
-        return tokens_T.numel()
+        return tokens_BT.numel()
 
     return step
+
+
+def routed(run: Run) -> bool:
+    return run.model.layers[0].feed_forward.kind != "dense"
+
+
+def batch_of(tokens_RT: torch.Tensor) -> Batch:
+    """Rows as one micro-batch; the last token of each has nothing to predict."""
+    targets_RT = torch.cat([tokens_RT[:, 1:], torch.full_like(tokens_RT[:, :1], IGNORE)], dim=1)
+    stream = Stream.of_lengths([LENGTH] * len(tokens_RT))
+    return Batch(tokens_RT.flatten(), targets_RT.flatten(), stream, samples=())
 
 
 def their_decoding(spec: ModelSpec, dtype: torch.dtype, batch: int) -> Turn:

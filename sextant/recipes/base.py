@@ -52,11 +52,14 @@ def published_only(model: ModelSpec) -> Run:
     )
 
 
-def twin_run(model: ModelSpec, *, steps: int = 600, lr: float = 4e-3) -> Run:
-    """The CPU twin's run: the bundled books, 2,048 tokens a step, about two minutes for a million active parameters."""
+def twin_run(model: ModelSpec, *, steps: int = 600, lr: float = 4e-3, lanes: int = 2) -> Run:
+    """The CPU twin's run: the bundled books, 2,048 tokens a step, about two minutes for a million active parameters.
+
+    One lane for each core, unless the model draws random numbers or has a capacity that a smaller micro-batch changes.
+    """
     return Run(
         name=model.name, model=model, data=Data(vocab=model.vocab, seq_len=256), optimiser=AdamW(lr=lr),
-        schedule=Cosine(warmup=30), batch=Batch(rows=8, micro_rows=4, lanes=2), steps=steps, log_every=10,
+        schedule=Cosine(warmup=30), batch=Batch(rows=8, micro_rows=8 // lanes, lanes=lanes), steps=steps, log_every=10,
         eval_every=200, sample_every=200, save_every=200,
     )
 

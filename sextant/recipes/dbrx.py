@@ -40,4 +40,4 @@ def paper() -> Run:
 
 def twin() -> Run:
     """Four layers of width 128, 4 of 16 experts."""
-    return twin_run(model("dbrx-twin", 4096, 128, 512, 4, heads(4, 2, 32), 16, 96))
+    return twin_run(model("dbrx-twin", 4096, 128, 512, 4, heads(4, 2, 32), 16, 96), lanes=1)

@@ -130,7 +130,8 @@ def paper_lite() -> Run:
 def twin() -> Run:
     """Four layers of width 128, the first dense; queries by way of a latent; experts of two devices out of four."""
     moe = limited(16, 64, top_k=4, scale=4.0, devices=4, kept=2)
-    return twin_run(model("deepseek-v2-twin", 4096, 128, Shape(4, 1, 512, moe, small_mla(64)), std=0.02, context=512))
+    spec = model("deepseek-v2-twin", 4096, 128, Shape(4, 1, 512, moe, small_mla(64)), std=0.02, context=512)
+    return twin_run(spec, lanes=1)
 
 
 def twin_lite() -> Run:

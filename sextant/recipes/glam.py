@@ -53,4 +53,4 @@ def twin() -> Run:
     """Four layers of width 128, two of them with 16 experts."""
     return twin_run(model(
         "glam-twin", vocab=4096, width=128, depth=4, heads=4, head_dim=32, experts=16, hidden=256, context=512
-    ))
+    ), lanes=1)

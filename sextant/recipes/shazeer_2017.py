@@ -47,4 +47,4 @@ def paper() -> Run:
 
 def twin() -> Run:
     """Two layers of width 128, 4 of 32 experts."""
-    return twin_run(model("shazeer-2017-twin", 4096, 128, 4, 32, 128, context=512))
+    return twin_run(model("shazeer-2017-twin", 4096, 128, 4, 32, 128, context=512), lanes=1)

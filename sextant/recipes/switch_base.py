@@ -59,4 +59,4 @@ def paper() -> Run:
 
 def twin() -> Run:
     """Four layers of width 128, two of them with 16 experts."""
-    return twin_run(model("switch-base-twin", 4096, 128, 4, 4, 16, 192, std=0.02))
+    return twin_run(model("switch-base-twin", 4096, 128, 4, 4, 16, 192, std=0.02), lanes=1)

@@ -94,7 +94,7 @@ class Backward:
 
 def added(*parts: Tensor | None) -> Tensor | None:
     """The sum from left to right in memory of its own; what autograd hands out may belong to two parameters."""
-    first, *rest = [part for part in parts if part is not None] or [None]
-    if first is None:
-        return None
-    return sum(rest, start=first) if rest else first.clone()
+    found = [part for part in parts if part is not None]
+    if len(found) == 1:
+        return found[0].clone()
+    return sum(found[1:], start=found[0]) if found else None
