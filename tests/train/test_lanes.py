@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from test_loop import corpus, losses, quiet, run, same_weights, trained  # noqa: F401 - fixtures
 
 from sextant import recipes
 from sextant.axes.numerics import BF16, FP8Blocks, FP8Delayed
@@ -14,7 +15,6 @@ from sextant.train.folder import RunFolder
 from sextant.train.lanes import Lanes, draws, lanes_for
 from sextant.train.loop import Trainer
 from sextant.train.run import Run
-from test_loop import corpus, losses, quiet, run, same_weights, trained  # noqa: F401 - fixtures
 
 
 @pytest.fixture
