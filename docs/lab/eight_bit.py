@@ -3,8 +3,8 @@
 ``sextant train mixtral-8x7b --steps 150 --device cpu -o RUN; python docs/lab/eight_bit.py RUN``
 """
 
-import sys
 import time
+from argparse import ArgumentParser
 
 import torch
 
@@ -16,10 +16,13 @@ from sextant.train.evaluate import evaluate
 
 PROMPT, NEW, ROUNDS, TOKENS = [list(range(1, 65))], 40, 3, 16_384
 
+parser = ArgumentParser(description=(__doc__ or "").split("\n")[0])
+parser.add_argument("run", help="run folder")
+folder = parser.parse_args().run
 torch.set_num_threads(1)
 print("| weights | bytes each | MiB | bits per byte | tokens/s |\n|---|---|---|---|---|")
 for kind in (None, "fp8", "int8"):
-    model, tokenizer, run = load(sys.argv[1], numerics=BF16(), weights=kind)
+    model, tokenizer, run = load(folder, numerics=BF16(), weights=kind)
     bytes_P = torch.from_numpy(tokenizer.token_bytes_P)
     with torch.inference_mode():
         found = evaluate(model, heldout(opened(run.data)[1], run.data.seq_len, 8), bytes_P, TOKENS)

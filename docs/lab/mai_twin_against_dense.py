@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-import sys
+from argparse import ArgumentParser
 from pathlib import Path
 
 from sextant.lab import paired
@@ -13,7 +13,9 @@ from sextant.recipes import mai_base_1
 from sextant.train.loop import to_stderr
 
 if __name__ == "__main__":
-    out = Path(sys.argv[1])
+    parser = ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("out", type=Path, help="folder of the runs, the table and the plot")
+    out = parser.parse_args().out
     runs = [mai_base_1.twin().replace(eval_every=100), mai_base_1.dense_control().replace(eval_every=100)]
     arms = paired.compare(runs, range(3), out, to_stderr)
     print(paired.table(arms))

@@ -3,7 +3,7 @@
     sextant train llama-3-8b && python docs/lab/memory_beyond_training.py runs/llama-3-8b-twin
 """
 
-import sys
+from argparse import ArgumentParser
 from pathlib import Path
 
 import torch
@@ -19,8 +19,10 @@ MEMORY = recipes.get("infllm").twin().model.layers[0].attention
 PATTERNS = (Full(), Window(window=256), MEMORY, InfLLM(**{**MEMORY.to_dict(), "window": 192, "top_k": 3}),
             Window(window=64), Window(window=64, sinks=16))
 
+parser = ArgumentParser(description=(__doc__ or "").split("\n")[0])
+parser.add_argument("run", type=Path, help="run folder of llama-3-8b's twin")
+found, _ = checkpoint.search(parser.parse_args().run / "checkpoints")
 run = recipes.get("infllm").twin()
-found, _ = checkpoint.search(Path(sys.argv[1]) / "checkpoints")
 _, shards, tokenizer = opened(run.data)
 for pattern in PATTERNS:
     layers = tuple(layer.replace(attention=pattern) for layer in run.model.layers)

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-import sys
+from argparse import ArgumentParser
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -24,4 +24,8 @@ def main(source: str, target: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:3])
+    parser = ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("source", help="text, as the terminal showed it")
+    parser.add_argument("target", help="PNG to write")
+    asked = parser.parse_args()
+    main(asked.source, asked.target)

@@ -69,8 +69,8 @@ def difference(a: Arm, b: Arm) -> tuple[float, float]:
 def table(arms: Sequence[Arm]) -> str:
     """Markdown: every arm by seed, and its difference from the last."""
     seeds = " | ".join(f"seed {i}" for i in range(len(arms[0].bpb)))
-    lines = [f"| run | parameters | active | {seeds} | mean | minus {arms[-1].name} |", "|---" * (6 + len(arms)) + "|"]
-    lines[1] = "|---" * (5 + len(arms[0].bpb)) + "|"
+    lines = [f"| run | parameters | active | {seeds} | mean | minus {arms[-1].name} |"]
+    lines.append("|---" * (5 + len(arms[0].bpb)) + "|")
     for arm in arms:
         by_seed = " | ".join(f"{value:.4f}" for value in arm.bpb)
         mean, half = difference(arm, arms[-1])
