@@ -7,7 +7,7 @@ their cores are; threads with a micro-batch each wait once (docs/design/side-by-
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
 import torch
@@ -36,6 +36,7 @@ class Lanes:
         if self._pool is None or len(calls) == 1:
             return [work(*call) for call in calls]
         futures = [self._pool.submit(work, *call) for call in calls]
+        wait(futures)
         return [future.result() for future in futures]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from test_loop import corpus, losses, quiet, run, same_weights, trained  # noqa: F401 - fixtures
@@ -122,11 +124,13 @@ def test_an_error_in_a_lane_is_raised_after_the_others_have_ended():
     def work(number: int) -> int:
         if number == 0:
             raise ValueError("first")
+        time.sleep(0.1)
         ended.append(number)
         return number
 
     with pytest.raises(ValueError, match="first"):
         Lanes(2).map(work, range(2))
+    assert ended == [1]
     assert Lanes(2).map(lambda a, b: a * b, [1, 2, 3], [4, 5, 6]) == [4, 10, 18]
 
 
