@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import tempfile
 import traceback
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 CLOSED_PIPE = 141
+
+# On a CPU, torch reports the want of memory as a plain RuntimeError; the last one asks for more than can be counted.
+_NO_MEMORY = re.compile("DefaultCPUAllocator|not enough memory|Storage size calculation overflowed")
 
 
 def run(command: Any, arguments: list[str], debug: bool) -> int:
@@ -57,10 +61,18 @@ def as_sextant(error: Exception) -> SextantError | None:
         return error
     if hasattr(error, "format_message") and hasattr(error, "exit_code"):
         return _misuse(error)
+    if _out_of_memory(error):
+        asked = re.search(r"allocate ([\d.]+ \w+)", str(error))
+        got = f"a request for {asked[1]}" if asked else _first_line(error)[:80]
+        return EnvironmentFault("out of memory", got=got, fix="Lower the batch, the length or the model's size")
+    return None
+
+
+def _out_of_memory(error: Exception) -> bool:
     # By name: the class is torch's, and torch may never have been imported.
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return EnvironmentFault("out of memory", got=_first_line(error)[:80], fix="Lower the batch or the length")
-    return None
+        return True
+    return type(error) is RuntimeError and _NO_MEMORY.search(str(error)) is not None
 
 
 def _misuse(error: Any) -> UsageError:

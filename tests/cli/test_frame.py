@@ -105,6 +105,19 @@ def test_a_bug_leaves_a_crash_file_and_exit_1(
     assert "ZeroDivisionError: by nothing" in files[0].read_text()
 
 
+@pytest.mark.parametrize(
+    ("bytes_asked", "got"), [(2**50, "a request for 1125899906842624 bytes"), (2**62 * 4, "Storage size calculation")]
+)
+def test_no_memory_on_a_cpu_is_a_fault_of_the_machine(
+    capsys: pytest.CaptureFixture[str], bytes_asked: int, got: str
+):
+    import torch
+
+    assert frame.run(verb(lambda: torch.empty(bytes_asked // 4)), [], debug=False) == 6
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: out of memory (got {got}") and err.count("\n") == 1 and len(err) <= 200
+
+
 @pytest.mark.parametrize(("error", "code"), [(MemoryError(), 6), (KeyboardInterrupt(), 130)])
 def test_memory_and_interrupts(error: BaseException, code: int):
     def fail() -> None:
