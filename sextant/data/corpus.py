@@ -310,13 +310,17 @@ class _Line:
 
 @dataclass(frozen=True)
 class _Record:
-    """A row of a table."""
+    """A row of a table; its texts are still bytes."""
 
     where: str
     fields: dict[str, Any]
 
     def document(self, reading: Reading) -> Document | None:
-        return _from_row(self.fields, self.where, reading)
+        fields = {
+            name: _decode(value, self.where, 1, reading) if isinstance(value, bytes) else value
+            for name, value in self.fields.items()
+        }
+        return _from_row(fields, self.where, reading)
 
 
 def _read_text(path: Path, reading: Reading) -> Iterator[_Row]:
@@ -350,19 +354,56 @@ def _read_table(path: Path, reading: Reading) -> Iterator[_Row]:
     parquet, arrow = _optional("pyarrow.parquet"), _optional("pyarrow")
     group = "footer"
     try:
-        with parquet.ParquetFile(path) as table:
-            columns = [n for n in (reading.text_field, "input_ids", "title", "id") if n in table.schema_arrow.names]
-            columns = columns or table.schema_arrow.names
+        with parquet.ParquetFile(path, page_checksum_verification=True) as table:
+            columns = _columns({field.name: field.type for field in table.schema_arrow}, arrow.types, path, reading)
             for number in range(table.num_row_groups):
                 group = f"row group {number}"
-                row = 0
-                for batch in table.iter_batches(256, row_groups=[number], columns=columns):
-                    for fields in batch.to_pylist():
-                        row += 1
-                        yield _Record(f"{path} row group {number} row {row}", fields)
-    except (arrow.ArrowException, OSError) as error:
-        got = str(error).splitlines()[0][:80]
+                batches = table.iter_batches(256, row_groups=[number], columns=columns)
+                rows = (fields for batch in batches for fields in _rows(batch, arrow))
+                for row, fields in enumerate(rows, start=1):
+                    yield _Record(f"{path} row group {number} row {row}", fields)
+    except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        got = next(iter(str(error).splitlines()), "")[:80]
         raise DataError("parquet file is damaged or cut short", where=f"{path} {group}", got=got) from None
+
+
+def _columns(types: dict[str, Any], kinds: Any, path: Path, reading: Reading) -> list[str]:
+    """What to read of a table: the text or the ids, and short fields that name a document."""
+    main = reading.text_field if reading.text_field in types else "input_ids"
+    if main not in types:
+        raise _no_field(path, types, reading)
+    fits, expected = (_textual, "a string") if main == reading.text_field else (_listing, "lists of token ids")
+    if not fits(types[main], kinds):
+        raise DataError(f"field '{main}' is {str(types[main])[:40]}", where=path, expected=expected)
+    labels = [name for name in ("title", "id") if name in types and _label(types[name], kinds)]
+    return list(dict.fromkeys([main, *labels]))
+
+
+def _textual(kind: Any, kinds: Any) -> bool:
+    """Strings and bytes in any of their layouts; a column of nothing but nulls has no type of its own."""
+    kind = getattr(kind, "storage_type", kind)
+    kind = kind.value_type if kinds.is_dictionary(kind) else kind
+    layouts = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view", "fixed_size_binary")
+    return any(getattr(kinds, f"is_{layout}")(kind) for layout in (*layouts, "null"))
+
+
+def _listing(kind: Any, kinds: Any) -> bool:
+    lists = (kinds.is_list, kinds.is_large_list, kinds.is_fixed_size_list)
+    return any(is_list(kind) for is_list in lists) and kinds.is_integer(kind.value_type)
+
+
+def _label(kind: Any, kinds: Any) -> bool:
+    return kinds.is_string(kind) or kinds.is_large_string(kind) or kinds.is_integer(kind)
+
+
+def _rows(batch: Any, arrow: Any) -> Iterator[dict[str, Any]]:
+    """Strings as bytes: a file may hold any under that name, and only we know what to do with those that are none."""
+    columns = [
+        (column.cast(arrow.large_binary()) if _textual(column.type, arrow.types) else column).to_pylist()
+        for column in batch.columns
+    ]
+    for values in zip(*columns, strict=True):
+        yield dict(zip(batch.schema.names, values, strict=True))
 
 
 _READERS = {".txt": _read_text, ".md": _read_text, ".jsonl": _read_lines, ".parquet": _read_table}
@@ -413,8 +454,12 @@ def _from_row(fields: dict[str, Any], where: str, reading: Reading) -> Document 
         return _from_text(text, where, fields, reading)
     if "input_ids" in fields:
         return _from_ids(fields["input_ids"], where, fields)
+    raise _no_field(where, fields, reading)
+
+
+def _no_field(where: object, fields: Iterable[str], reading: Reading) -> _BadRow:
     found = ", ".join(map(str, list(fields)[:6])) or "none"
-    raise _BadRow(f"{where} has no field '{field}' (found: {found[:80]})", fix="Set --text-field")
+    return _BadRow(f"{where} has no field '{reading.text_field}' (found: {found[:80]})", fix="Set --text-field")
 
 
 def _from_text(text: str, where: str, fields: dict[str, Any], reading: Reading) -> Document | None:

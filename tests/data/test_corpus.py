@@ -213,6 +213,50 @@ def test_parquet_rows_are_named(tmp_path: Path) -> None:
     assert found == [[1, 2], [3]]
 
 
+def strings(*raw: bytes) -> pa.Array:
+    """A column of strings that are whatever bytes they are."""
+    made = pa.array(raw)
+    return pa.StringArray.from_buffers(len(raw), made.buffers()[1], made.buffers()[2])
+
+
+@pytest.mark.parametrize("column", [strings(b"ok", b"caf\xe9"), pa.array([b"ok", b"caf\xe9"])], ids=["text", "bytes"])
+def test_parquet_text_is_decoded_as_any_other(tmp_path: Path, column: pa.Array) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": column, "title": strings(b"one", b"tw\xff")}), path)
+    assert f"not UTF-8: {path} row group 0 row 2:1:4 (got byte 0xe9)" in refusal(path)
+    found = list(Corpus([path], Reading(encoding_errors="replace")))
+    assert [document.text for document in found] == ["ok", "caf\ufffd"]
+    assert [document.title for document in found] == ["one", "tw\ufffd"]
+    write_jsonl(tmp_path / "b.jsonl", rows(1500))
+    assert len(texts(path, tmp_path / "b.jsonl", skip_bad=True)) == 1501
+
+
+@pytest.mark.parametrize(
+    "column", [pa.array(["a", "b"], pa.string_view()), pa.array(["a", "b"]).dictionary_encode()], ids=["view", "codes"]
+)
+def test_parquet_strings_in_other_layouts(tmp_path: Path, column: pa.Array) -> None:
+    pq.write_table(pa.table({"text": column, "id": [7, 8]}), tmp_path / "a.parquet")
+    found = [(document.text, document.title) for document in Corpus([tmp_path / "a.parquet"])]
+    assert found == [("a", "7"), ("b", "8")]
+
+
+def test_parquet_columns_of_another_type_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": pa.array([1, 2], pa.timestamp("ms"))}), path)
+    assert refusal(path) == f"field 'text' is timestamp[ms]: {path} (expected a string)"
+    pq.write_table(pa.table({"input_ids": [[0.5]]}), path)
+    assert f"field 'input_ids' is list<element: double>: {path} (expected lists of token ids)" in refusal(path)
+
+
+def test_parquet_page_checksums_are_verified(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    table = pa.table({"text": ["the quick brown fox"]})
+    pq.write_table(table, path, write_page_checksum=True, compression="none", use_dictionary=False)
+    assert texts(path) == ["the quick brown fox"]
+    path.write_bytes(path.read_bytes().replace(b"brown", b"crown"))
+    assert f"parquet file is damaged or cut short: {path} row group 0 (got" in refusal(path)
+
+
 def test_long_lines(tmp_path: Path) -> None:
     long = '{"text": "' + "x" * (3 << 20) + '"}'
     lines = [json.dumps(row) for row in rows(1500)]
