@@ -14,6 +14,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -272,6 +273,58 @@ def new_folder(path: Path) -> None:
         if path.exists():
             remove_tree_safely(path)
         _mkdir(path)
+
+
+@contextmanager
+def folder_aside(final: Path) -> Iterator[Path]:
+    """A new folder beside ``final``, for :func:`publish`; gone afterwards unless it was published.
+
+    Its process holds a lock on it, so that what a killed one left is known for certain, whatever became of its pid or
+    on which machine it ran; those leftovers are removed here.
+
+    Raises:
+        EnvironmentFault: the machine refused.
+    """
+    make_folder(final.parent)
+    _sweep(final)
+    folder = final.with_name(f".tmp-{final.name}-{os.getpid()}")
+    new_folder(folder)
+    lock = _lock_folder(folder)
+    try:
+        yield folder
+    finally:
+        if folder.exists():
+            with suppress(EnvironmentFault):  # the first fault is the one to report
+                remove_tree_safely(folder)
+        if lock is not None:
+            os.close(lock)
+
+
+def _sweep(final: Path) -> None:
+    leftover = re.compile(rf"\.(dead-)?tmp-{re.escape(final.name)}(-\d+)+")
+    with guard(f"tidying {final.parent}", final.parent):
+        for path in sorted(final.parent.iterdir()):
+            if leftover.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+                lock = _lock_folder(path)
+                if lock is None:
+                    continue
+                try:
+                    remove_tree_safely(path)
+                finally:
+                    os.close(lock)
+
+
+def _lock_folder(path: Path) -> int | None:
+    """A descriptor that locks the folder while it is open; None when another process does, or the disk cannot."""
+    with suppress(OSError):
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(fd)
+        else:
+            return fd
+    return None
 
 
 def publish(aside: Path, final: Path) -> None:

@@ -10,7 +10,7 @@ import hashlib
 import os
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import resources
 from itertools import groupby
@@ -136,7 +136,7 @@ def prepare(
     survey = Survey.of(corpus, heldout, seed, quiet)
     if tokenizer is None:
         tokenizer = Tokenizer.train(_training_texts(corpus, survey, heldout, quiet), vocab)
-    with _aside(out) as folder:
+    with fs.folder_aside(out) as folder:
         writers = {name: _Writer(folder, name, tokenizer) for name in ("train", "heldout")}
         titles = _encode(corpus, survey, heldout, tokenizer, writers, quiet)
         index = _index(folder, corpus, survey, tokenizer, writers, sources, titles, heldout=heldout, seed=seed)
@@ -346,20 +346,6 @@ class _Writer:
             raw = ids.astype(self._dtype).tobytes()
             self._hash.update(raw)
             self._file.write(raw)
-
-
-@contextmanager
-def _aside(out: Path) -> Iterator[Path]:
-    """A folder beside ``out`` that is gone afterwards, unless it became ``out``."""
-    folder = out.with_name(f".tmp-{out.name}-{os.getpid()}")
-    fs.make_folder(out.parent)
-    fs.new_folder(folder)
-    try:
-        yield folder
-    finally:
-        if folder.exists():
-            with suppress(SextantError):
-                fs.remove_tree_safely(folder)
 
 
 def _index(

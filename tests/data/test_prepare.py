@@ -189,6 +189,19 @@ def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["a.jsonl"]
 
 
+def test_what_a_killed_preparation_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    path = corpus(tmp_path / "a.jsonl")
+    program = (
+        "import os, signal, sys; from sextant.core import fs; from sextant.data.prepare import prepare\n"
+        "fs.hooks.append(lambda step, path: step == 'rename' and os.kill(os.getpid(), signal.SIGKILL))\n"
+        "prepare([sys.argv[1]], sys.argv[2], vocab=300, quiet=True)"
+    )
+    killed = subprocess.run([sys.executable, "-c", program, path, tmp_path / "out"], check=False)
+    assert killed.returncode == -9 and len(os.listdir(tmp_path)) == 2
+    prepare([path], tmp_path / "out", vocab=300, quiet=True)
+    assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "out"]
+
+
 def test_disk_faults_are_named_and_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(operation: str, path: Path) -> None:
         if operation == "rename" and path.name == "out":

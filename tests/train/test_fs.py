@@ -165,6 +165,36 @@ def test_publish_names_a_folder_only_after_its_files_are_synced(tmp_path):
     assert names(tmp_path) == ["x"]
 
 
+def test_a_folder_aside_is_gone_unless_it_was_published(tmp_path):
+    with fs.folder_aside(tmp_path / "new" / "out") as folder:
+        fs.write_stream(folder / "a", [b"a"])
+        fs.publish(folder, tmp_path / "new" / "out")
+    with pytest.raises(ZeroDivisionError), fs.folder_aside(tmp_path / "other"):
+        raise ZeroDivisionError
+    assert names(tmp_path) == ["new"] and names(tmp_path / "new") == ["out"]
+
+
+def test_what_a_killed_process_left_aside_is_removed_and_nothing_else(tmp_path):
+    program = (
+        "import sys, pathlib; from sextant.core import fs\n"
+        "with fs.folder_aside(pathlib.Path(sys.argv[1])) as folder: print(folder.name, flush=True); input()"
+    )
+    arguments = [sys.executable, "-c", program, str(tmp_path / "out")]
+    living, killed = (
+        subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)
+    )
+    kept, left = (process.stdout.readline().strip() for process in (living, killed))
+    killed.kill()
+    killed.communicate()
+    others = [".tmp-out-notes", ".tmp-output-7"]  # not of this target
+    for name in (*others, f".dead-{left[1:]}-7"):
+        (tmp_path / name).mkdir()
+    with fs.folder_aside(tmp_path / "out") as folder:
+        assert names(tmp_path) == sorted([kept, folder.name, *others])
+    living.communicate("\n")
+    assert names(tmp_path) == others
+
+
 def test_publish_never_replaces_a_folder(tmp_path):
     for name in ("x", ".tmp-x"):
         fs.new_folder(tmp_path / name)
