@@ -48,7 +48,7 @@ def train(
             typer.echo(f"{path} = {value}    # {origins[path]}")
         return
     if dry_run:
-        _dry_run(run)
+        _dry_run(run, device)
         return
     result = run_training(run, out, device, quiet)
     _print_result(run, result, as_json)
@@ -73,18 +73,34 @@ def run_training(run: Run, out: Path | None, device: str, quiet: bool = False) -
         try:
             result = trainer.fit()
         finally:
-            draw(folder.path)
+            try:
+                draw(folder.path)
+            except Exception as error:  # pictures must not hide how the training ended
+                to_stderr(f"warning: no plots: {type(error).__name__}: {error}")
         say(f"next: sextant generate {folder.path} --prompt '{run.prompt}'")
         return result
 
 
-def _dry_run(run: Run) -> None:
+def _dry_run(run: Run, device: str) -> None:
+    """Everything that a start checks, on a model without memory."""
+    from sextant.cli.runs import pick_device
     from sextant.core import units
     from sextant.core.cost import At
-    from sextant.train.run import check_run
+    from sextant.data.prepare import opened
+    from sextant.train.optim import train_only
+    from sextant.train.run import check_run, check_vocab
+    from sextant.train.start import begin_from
 
+    pick_device(device)
     check_run(run)
-    run.model.build(run.numerics, device="meta")
+    tokenizer = opened(run.data)[2]
+    check_vocab(run, tokenizer.vocab_size)
+    model = run.model.build(run.numerics, device="meta")
+    if run.train_only is not None:
+        train_only(model, run.train_only)
+    run.optimiser.build(model)
+    if run.init_from is not None:
+        begin_from(model, Path(run.init_from), tokenizer.digest, run.train_only)
     cost = run.model.training_cost(At(run.data.seq_len, run.numerics.itemsize))
     tokens = run.batch.rows * run.data.seq_len
     typer.echo(f"{run.name}: {units.count(cost.params)} parameters, {units.count(cost.active_params)} active")

@@ -242,6 +242,8 @@ def _check_manifest(manifest: dict[str, Any], where: Path) -> None:
         isinstance(manifest.get("step"), int)
         and isinstance(manifest.get("identity"), dict)
         and isinstance(files, dict)
+        and isinstance(tensors, dict)
+        and all(isinstance(records, dict) for records in tensors.values())
         and set(files) == known | {STATE}
         and all(isinstance(file, dict) and {"bytes", "sha256"} <= set(file) for file in files.values())
     )
@@ -278,13 +280,14 @@ def load(path: Path, device: torch.device | str = "cpu") -> Checkpoint:
     """Verify a checkpoint folder and read it.
 
     Raises:
-        CheckpointError: damaged, not ours, refused names or counts, a pickle file, NaN or infinity in the model.
+        CheckpointError: damaged, not ours, refused names or counts, a pickle file, NaN or infinity anywhere.
     """
     manifest = verify(path)
     parts = {part: _read_part(path, part, records, device) for part, records in manifest["tensors"].items()}
-    bad = tensorfile.first_non_finite(parts.get("model", {}))
-    if bad is not None:
-        raise CheckpointError("NaN or infinity in a weight", where=f"{path.name}/{bad}", fix=_advice(path))
+    for part, tensors in parts.items():
+        bad = tensorfile.first_non_finite(tensors)
+        if bad is not None:
+            raise CheckpointError(f"NaN or infinity in the {part}", where=f"{path.name}/{bad}", fix=_advice(path))
     state = tensorfile.strict_json((path / STATE).read_bytes(), path / STATE)
     return Checkpoint(parts, state, manifest, path, manifest["step"], _extras(path, manifest))
 

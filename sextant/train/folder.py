@@ -113,10 +113,10 @@ class RunFolder:
     def truncate_metrics(self, step: int) -> int:
         """Drop the metrics after ``step``, which a resumed run will write again; returns how many lines went."""
         path = self.path / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        lines = path.read_bytes().splitlines() if path.exists() else []
         kept = [line for line in lines if _step_of(line) <= step]
         if len(kept) < len(lines):
-            fs.write_text(path, "".join(f"{line}\n" for line in kept))
+            fs.write_bytes(path, b"".join(line + b"\n" for line in kept))
         return len(lines) - len(kept)
 
     def _take_lock(self) -> None:
@@ -207,9 +207,21 @@ def _finite(value: Any) -> Any:
     return [_finite(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
-def _step_of(line: str) -> float:
-    """The step of a metrics line; a line that is no record counts as later than every step."""
+def records(path: Path) -> list[dict[str, Any]]:
+    """The lines of ``metrics.jsonl`` or ``events.jsonl`` that are whole; damaged ones are passed over."""
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    return [record for record in map(_record, lines) if record]
+
+
+def _record(line: bytes) -> dict[str, Any]:
+    """A line's fields; none when it is no record with a step."""
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf
+        record = json.loads(line)
+    except ValueError:
+        return {}
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else {}
+
+
+def _step_of(line: bytes) -> float:
+    """The step of a metrics line; a line that is no record counts as later than every step."""
+    return _record(line).get("step", math.inf)

@@ -8,16 +8,17 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 from types import FrameType
 
 import torch
 from torch import Tensor
 
-from sextant.core import units
+from sextant.core import tensorfile, units
 from sextant.core.allocator import keep_freed_memory
 from sextant.core.cost import At
-from sextant.core.errors import NumericsError, Stopped
+from sextant.core.errors import CheckpointError, NumericsError, Stopped, UsageError
 from sextant.data.loader import Batch, Loader, bytes_of, heldout
 from sextant.data.prepare import opened
 from sextant.data.tokenizer import Tokenizer
@@ -32,7 +33,7 @@ from sextant.train.evaluate import HeldOut, evaluate
 from sextant.train.folder import RunFolder
 from sextant.train.lanes import Lanes, lanes_for
 from sextant.train.optim import train_only
-from sextant.train.rng import random_states, restore_random_states
+from sextant.train.rng import mixed, random_states, restore_random_states
 from sextant.train.run import Run, changes, check_run, check_vocab
 from sextant.train.start import begin_from
 from sextant.train.status import Clock, StepReport, memory_in_use
@@ -71,8 +72,9 @@ class Trainer:
         self.spikes = SpikeWatch(run.spikes)
         self.clock = Clock(run.model.training_cost(At(run.data.seq_len)).flops, self.device)
         self.step, self.tokens, self.seconds, self.saved = 0, 0, 0.0, None
-        self._prepare_folder()
         self._resume()
+        folder.write_config(run.to_yaml())
+        folder.write_tokenizer(self.tokenizer.to_json())
         self._attend(run.stage_at(max(0, self.step - 1)))
         self.board = Board(folder.path, self.step)
         if run.schedule.warmup >= run.steps:
@@ -95,14 +97,15 @@ class Trainer:
             NumericsError: a value was not finite, or the spike policy is used up.
         """
         try:
-            with stop_requests() as asked:
+            with stop_requests(self._last_good) as asked:
                 while self.step < self.run.steps:
                     self._advance()
                     if asked():
                         self._save()
                         raise Stopped(f"stopped after step {self.step}, saved; run the same command to go on")
                     self._look()
-            return self._finish()
+                self._save_if_new()
+                return self._finish(asked)
         finally:
             self.board.close()
 
@@ -151,18 +154,18 @@ class Trainer:
         losses = self.backward(batches, self.run.mtp_weight_at(self.step))
         for batch, loss in zip(batches, losses, strict=True):
             if not torch.isfinite(loss.total):
-                self._stop_non_finite("loss", batch, first_non_finite(self.model, batch.tokens_T, batch.stream))
+                self._stop_non_finite("loss", [batch], first_non_finite(self.model, batch.tokens_T, batch.stream))
         parts = [loss.parts() for loss in losses]
         return {name: sum(part[name] for part in parts) for name in parts[0]}
 
     def _seed(self, micro_batch: int) -> None:
-        torch.manual_seed((self.run.seed << 40) + (self.step << 12) + micro_batch)
+        torch.manual_seed(mixed(self.run.seed, self.step, micro_batch))
 
     def _gradient_norm(self, batches: list[Batch]) -> float:
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = float(torch.nn.utils.get_total_norm(gradients))
         if not norm < float("inf"):
-            self._stop_non_finite("gradient", batches[-1], ", ".join(non_finite_gradients(self.model)))
+            self._stop_non_finite("gradient", batches, ", ".join(non_finite_gradients(self.model)))
         return norm
 
     def _clip(self, norm: float) -> None:
@@ -182,11 +185,12 @@ class Trainer:
                 got=f"loss {loss:.3f}, gnorm {norm:.2f}", fix="Lower optimiser.lr or raise spikes.patience",
             )
 
-    def _stop_non_finite(self, what: str, batch: Batch, where: str) -> None:
-        path = self.folder.keep_batch(self.step + 1, {"tokens_T": batch.tokens_T, "targets_T": batch.targets_T})
+    def _stop_non_finite(self, what: str, batches: list[Batch], where: str) -> None:
+        kept = {name: torch.cat([getattr(batch, name) for batch in batches]) for name in ("tokens_T", "targets_T")}
+        path = self.folder.keep_batch(self.step + 1, kept)
         raise NumericsError(
             f"{what} is not finite at step {self.step + 1}",
-            where=f"first in {where}, samples {batch.samples[0]}-{batch.samples[-1]}, batch in {path.name}",
+            where=f"first in {where}, samples {batches[0].samples[0]}-{batches[-1].samples[-1]}, batch in {path.name}",
             fix=f"No update was made; {self._last_good()}. Lower optimiser.lr",
         )
 
@@ -222,9 +226,15 @@ class Trainer:
         if self.step % self.run.save_every == 0:
             self._save()
 
-    def _evaluate(self, limit: int | None) -> HeldOut:
-        rows = self.run.batch.micro_rows
-        result = evaluate(self.model, heldout(self.heldout_shards, self.run.data.seq_len, rows), self.bytes_P, limit)
+    def _evaluate(self, limit: int | None, asked: Callable[[], bool] = lambda: False) -> HeldOut:
+        batches = heldout(self.heldout_shards, self.run.data.seq_len, self.run.batch.micro_rows)
+        result = evaluate(self.model, takewhile(lambda _: not asked(), batches), self.bytes_P, limit)
+        if asked():
+            raise Stopped(f"stopped in an evaluation, step {self.step} is saved; run the same command to go on")
+        if not math.isfinite(result.loss):
+            raise NumericsError(
+                f"held-out loss is not finite after step {self.step}", fix=f"{self._last_good()}. Lower optimiser.lr"
+            )
         self.folder.event("heldout", step=self.step, loss=result.loss, bpb=result.bpb, tokens=result.tokens)
         self.board.heldout(self.step, result.bpb)
         self.say(f"  held-out loss {result.loss:.3f} | bpb {result.bpb:.3f} | {units.count(result.tokens, 1)} tokens")
@@ -237,37 +247,21 @@ class Trainer:
         self.folder.sample(self.step, text)
         self.say("  sample: " + " / ".join(text.split("\n"))[:100])
 
-    def _finish(self) -> HeldOut:
-        result = self._evaluate(None)
-        self._save_if_new()
+    def _finish(self, asked: Callable[[], bool]) -> HeldOut:
+        result = self._evaluate(None, asked)
         self.folder.event("done", step=self.step, bpb=result.bpb, loss=result.loss, seconds=self.seconds)
         return result
 
-    def _prepare_folder(self) -> None:
-        """Refuse a folder of another run; keep the declaration and the tokenizer beside what they produce."""
-        held = self.folder.config()
-        if held is not None:
-            for line in changes(Run.parse(held, source=str(self.folder.path / "config.yaml")), self.run):
-                self.say(f"changed: {line}")
-        self.folder.write_config(self.run.to_yaml())
-        self.folder.write_tokenizer(self.tokenizer.to_json())
-
     def _resume(self) -> None:
+        """Go on where the folder's newest sound checkpoint left off; nothing is written before all of it fits."""
         found, skipped = checkpoint.newest(self.folder.checkpoints)
         for line in skipped:
             self.say(line)
         if found is None:
             self._begin()
             return
-        for warning in checkpoint.require_compatible(found.manifest, self._identity()):
-            self.say(f"warning: {warning}")
-        self.model.load_state_dict(found.parts["model"])
-        self.optimiser.load(found.parts["optimizer"])
-        restore_random_states(found.parts["rng"])
-        self.loader.load_state_dict(found.state["loader"])
-        self.spikes.load_state_dict(found.state["spikes"])
-        self.step, self.tokens, self.seconds = found.step, found.state["tokens"], found.state["seconds"]
-        self.saved = found.step
+        self._refuse_another_run(found)
+        self._restore(found)
         self.folder.truncate_metrics(found.step)
         self.folder.event("resume", step=found.step)
         self.say(f"resumed from {found.path.name} (verified)")
@@ -276,14 +270,51 @@ class Trainer:
         """The first start of a run: from the weights of another, if it says so."""
         if self.run.init_from is not None:
             self.say(begin_from(self.model, Path(self.run.init_from), self.tokenizer.digest, self.run.train_only))
+        self.folder.truncate_metrics(0)
+
+    def _refuse_another_run(self, found: checkpoint.Checkpoint) -> None:
+        held = self.folder.config()
+        if held is not None:
+            for line in changes(Run.parse(held, source=str(self.folder.path / "config.yaml")), self.run):
+                self.say(f"changed: {line}")
+        for warning in checkpoint.require_compatible(found.manifest, self._identity()):
+            self.say(f"warning: {warning}")
+        if found.step > self.run.steps:
+            raise UsageError(
+                "the run is past its last step", where=self.folder.path, got=f"steps {self.run.steps}",
+                expected=f"at least {found.step}", fix="Give more --steps, or another --out",
+            )
+
+    def _restore(self, found: checkpoint.Checkpoint) -> None:
+        try:
+            self.model.load_state_dict(found.parts["model"])
+            self.optimiser.load(found.parts["optimizer"])
+            restore_random_states(found.parts["rng"])
+            self.loader.load_state_dict(found.state["loader"])
+            self.spikes.load_state_dict(found.state["spikes"])
+            self.tokens, self.seconds = int(found.state["tokens"]), float(found.state["seconds"])
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            # A digest proves that nothing changed since it was written, not that this program wrote it.
+            raise CheckpointError(
+                "state of another program", where=found.path.name, got=f"{type(error).__name__}: {error}",
+                fix="Resume with what wrote it, or start a new run",
+            ) from error
+        self.step = self.saved = found.step
 
     def _save_if_new(self) -> None:
         if self.saved != self.step:
             self._save()
 
     def _save(self) -> None:
+        """A checkpoint of this step, unless something in it is not finite: then the older ones stay the newest."""
         began = time.monotonic()
         parts = {"model": self.model.state_dict(), "optimizer": self.optimiser.tensors(), "rng": random_states()}
+        bad = tensorfile.first_non_finite(parts["model"] | parts["optimizer"])
+        if bad is not None:
+            raise NumericsError(
+                f"NaN or infinity after step {self.step}, not saved", where=f"first in {bad}",
+                fix=f"{self._last_good()}. Lower optimiser.lr",
+            )
         state = {
             "loader": self.loader.state_dict(), "spikes": self.spikes.state_dict(),
             "tokens": self.tokens, "seconds": self.seconds,
@@ -316,13 +347,17 @@ def compile_blocks(model: Transformer) -> None:
 
 
 @contextmanager
-def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Turn the first SIGINT or SIGTERM into a request that the loop honours after its step; the second ends at once."""
+def stop_requests(last_good: Callable[[], str]) -> Iterator[Callable[[], bool]]:
+    """Turn the first SIGINT or SIGTERM into a request that the loop honours after its step; the second ends at once.
+
+    Args:
+        last_good: says what is there to go on from.
+    """
     received: list[int] = []
 
     def note(number: int, _frame: FrameType | None) -> None:
         if received:
-            to_stderr("stopped before saving; the newest checkpoint is intact")
+            to_stderr(f"stopped before saving; {last_good()}")
             raise SystemExit(128 + number)
         received.append(number)
         to_stderr("stopping after this step; once more to stop at once")

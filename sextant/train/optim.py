@@ -174,7 +174,7 @@ class Optimiser:
         """Put saved state back.
 
         Raises:
-            CheckpointError: a tensor for a parameter that does not exist.
+            CheckpointError: a tensor for a parameter that does not exist, or of another shape than it.
         """
         owners = {id(p): part for part in self.parts for group in part.param_groups for p in group["params"]}
         named = dict(self.model.named_parameters())
@@ -183,6 +183,10 @@ class Optimiser:
             if name not in named:
                 raise CheckpointError("optimiser state of an unknown parameter", where=name)
             target = named[name]
+            if slot != "step" and value.shape != target.shape:
+                raise CheckpointError(
+                    "optimiser state of another shape", where=key, got=list(value.shape), expected=list(target.shape)
+                )
             device = "cpu" if slot == "step" and not target.is_cuda else target.device
             owners[id(target)].state[target][slot] = value.to(device)
 

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from sextant.core import fs
+from sextant.train.folder import records
 
 Rows = list[dict[str, Any]]
 
 
 def draw(run_folder: Path) -> list[Path]:
     """Write ``plots/{loss,lr,load}.csv``, and the PNGs when matplotlib is installed; returns what was written."""
-    steps = _records(run_folder / "metrics.jsonl")
-    heldout = [row for row in _records(run_folder / "events.jsonl") if row.get("event") == "heldout"]
+    steps = records(run_folder / "metrics.jsonl")
+    heldout = [row for row in records(run_folder / "events.jsonl") if row.get("event") == "heldout"]
     if not steps:
         return []
     tables = {
@@ -39,12 +39,8 @@ def draw(run_folder: Path) -> list[Path]:
 
 def heldout_curve(run_folder: Path) -> tuple[list[int], list[float]]:
     """Steps and held-out bits per byte of a run; an evaluation repeated after a resume counts once."""
-    curve = {row["step"]: row["bpb"] for row in _records(run_folder / "events.jsonl") if row["event"] == "heldout"}
+    curve = {row["step"]: row["bpb"] for row in records(run_folder / "events.jsonl") if row.get("event") == "heldout"}
     return list(curve), list(curve.values())
-
-
-def _records(path: Path) -> Rows:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
 def _table(columns: Sequence[str], rows: Rows) -> tuple[Sequence[str], list[list[Any]]]:

@@ -348,12 +348,13 @@ def test_a_corrupt_manifest_is_named(tmp_path, content, words):
     assert "manifest.json" in str(caught.value) and len(str(caught.value).splitlines()) == 1
 
 
-def test_a_sound_digest_does_not_make_a_sound_manifest(tmp_path):
-    """The digest is no signature: a crafted manifest may not lead out of its folder."""
+@pytest.mark.parametrize("where, field", [("files", "../../outside"), ("tensors", "model")])
+def test_a_sound_digest_does_not_make_a_sound_manifest(tmp_path, where, field):
+    """The digest is no signature: a crafted manifest may neither lead out of its folder nor hold something else."""
     path = save(tmp_path, 1)
     manifest = json.loads((path / "manifest.json").read_text())
     del manifest["digest"]
-    manifest["files"]["../../outside"] = manifest["files"]["state.json"]
+    manifest[where][field] = manifest["files"]["state.json"] if where == "files" else 5
     (path / "manifest.json").write_bytes(checkpoint._render(manifest))
     with pytest.raises(CheckpointError, match="not a manifest of this program"):
         checkpoint.load(path)
@@ -398,7 +399,7 @@ def test_a_weight_that_is_not_finite_is_refused_by_name(tmp_path, value, dtype):
     weight = torch.rand(50)
     weight[17] = value
     save(tmp_path, 2, parts={"model": {"layers.3.w": weight.to(dtype)}})
-    with pytest.raises(CheckpointError, match=r"NaN or infinity in a weight: step-00000002/layers\.3\.w") as caught:
+    with pytest.raises(CheckpointError, match=r"NaN or infinity in the model: step-00000002/layers\.3\.w") as caught:
         checkpoint.load(tmp_path / "step-00000002")
     assert caught.value.exit_code == 4
     assert checkpoint.newest(tmp_path)[0].step == 1

@@ -12,13 +12,15 @@ import pytest
 import torch
 
 from sextant import recipes
-from sextant.core.errors import NumericsError, Stopped, UsageError
+from sextant.core.errors import CheckpointError, NumericsError, Stopped, UsageError
 from sextant.data.prepare import prepare
 from sextant.model.spec import ModelSpec
 from sextant.recipes import mai_base_1
 from sextant.train import checkpoint
+from sextant.train.evaluate import HeldOut
 from sextant.train.folder import RunFolder
 from sextant.train.loop import Trainer
+from sextant.train.plots import draw
 from sextant.train.run import Run
 
 WORDS = ["the", "a", "king", "queen", "of", "sea", "storm", "and", "night", "day", "lord", "speaks", "comes", "never"]
@@ -255,6 +257,108 @@ def test_stopping_inside_the_loop_raises_after_saving(run, tmp_path):
     assert checkpoint.steps(tmp_path / "checkpoints") == [3]
 
 
+def test_stopping_in_the_last_evaluation_loses_no_step(run, tmp_path):
+    run = run.replace(steps=3)
+    said: list[str] = []
+
+    def say(line: str) -> None:
+        said.append(line)
+        if "saved step-00000003" in line:
+            signal.raise_signal(2)
+
+    with RunFolder(tmp_path) as folder, pytest.raises(Stopped, match="step 3 is saved"):
+        Trainer(run, folder, say=say).fit()
+    assert not any("held-out" in line for line in said)
+    assert trained(run, tmp_path).saved == 3
+
+
+def test_weights_that_are_not_finite_are_never_saved(run, tmp_path):
+    """The update itself breaks them: the next loss would be too late to say so."""
+    trained(run, tmp_path, until=2)
+    broken = run.override("optimiser.lr=1e39", "steps=3", "schedule.warmup=0")
+    with RunFolder(tmp_path) as folder, pytest.raises(NumericsError, match=r"after step 3, .*step 2 is intact") as stop:
+        Trainer(broken, folder, say=quiet).fit()
+    assert stop.value.exit_code == 5
+    assert checkpoint.steps(tmp_path / "checkpoints") == [2]
+
+
+def test_a_held_out_loss_that_is_not_finite_stops_the_run(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("sextant.train.loop.evaluate", lambda *_: HeldOut(float("nan"), 1, 1))
+    with RunFolder(tmp_path) as folder, pytest.raises(NumericsError, match="held-out loss is not finite after step 4"):
+        Trainer(run, folder, say=quiet).fit()
+
+
+def files_of(path: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+def test_a_refused_start_changes_nothing_in_the_folder(run, tmp_path):
+    trained(run, tmp_path / "run", until=2)
+    words = tmp_path / "other.txt"
+    words.write_text("\n\n".join(f"other words {number} of another book" for number in range(200)), encoding="utf-8")
+    prepare([words], tmp_path / "prepared", vocab=280, heldout=0.2, seed=0)
+    (tmp_path / "run" / "config.yaml").unlink()
+    before = files_of(tmp_path / "run")
+    for other in (run.replace(name="other"), run.override(f"data.source={tmp_path / 'prepared'}", "data.vocab=280")):
+        with RunFolder(tmp_path / "run") as folder, pytest.raises(CheckpointError, match="another"):
+            Trainer(other, folder, say=quiet)
+        assert files_of(tmp_path / "run") == before
+
+
+def test_a_folder_without_a_checkpoint_takes_another_start(run, tmp_path):
+    with RunFolder(tmp_path) as folder:
+        Trainer(run, folder, say=quiet)._advance()
+    assert trained(run.replace(seed=9), tmp_path, until=2).step == 2
+    assert [line.split()[0] for line in losses(tmp_path)] == ["1", "2"]
+
+
+def test_fewer_steps_than_done_are_refused(run, tmp_path):
+    trained(run, tmp_path, until=4)
+    with RunFolder(tmp_path) as folder, pytest.raises(UsageError, match=r"past its last step: .*got steps 3"):
+        Trainer(run.replace(steps=3), folder, say=quiet)
+
+
+@pytest.mark.parametrize("seed", [2**24, 20251125, 2**63 - 1])
+def test_any_seed_trains(run, tmp_path, seed):
+    trained(run.replace(seed=seed, data=run.data.replace(seed=seed)), tmp_path, until=1)
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value"),
+    [
+        ("state", "loader", None),
+        ("state", "tokens", None),
+        ("state", "seconds", "long"),
+        ("optimizer", "embedding.weight.exp_avg", torch.ones(3)),
+        ("optimizer", "embedding.weight.exp_avg", torch.full((300, 16), float("nan"))),
+        ("optimizer", "no.such.exp_avg", torch.ones(3)),
+        ("rng", "python", torch.ones(3, dtype=torch.uint8)),
+        ("rng", "torch.cpu", None),
+    ],
+)
+def test_a_sound_digest_does_not_make_a_sound_state(run, tmp_path, part, name, value):
+    """Written by another program, or an older one: refused as a checkpoint, never as an internal error."""
+    trained(run, tmp_path, until=2)
+    found, _ = checkpoint.search(tmp_path / "checkpoints")
+    assert found is not None
+    parts = {**found.parts, "state": found.state}
+    parts[part] = {key: held for key, held in parts[part].items() if key != name} | ({} if value is None else {name: value})
+    state = parts.pop("state")
+    checkpoint.save(tmp_path / "checkpoints", 2, parts, state, found.manifest["identity"])
+    with RunFolder(tmp_path) as folder, pytest.raises(CheckpointError):
+        Trainer(run, folder, say=quiet)
+
+
+def test_damaged_logs_neither_stop_a_run_nor_its_plots(run, tmp_path):
+    trained(run, tmp_path, until=5)
+    for name in ("metrics.jsonl", "events.jsonl"):
+        with (tmp_path / name).open("ab") as log:
+            log.write(b'{"step": \xff}\n[]\n{"step": "x"}\n')
+    trained(run, tmp_path)
+    assert draw(tmp_path)
+    assert [line.split()[0] for line in losses(tmp_path)] == [str(step) for step in range(1, 13)]
+
+
 def test_bits_per_byte_is_nats_over_bytes(run, tmp_path):
     """The reported training figure against the targets' own text."""
     trained(run.replace(steps=1), tmp_path)
@@ -315,7 +419,7 @@ def test_tensorboard_gets_the_same_numbers_when_it_is_there(run, tmp_path, monke
 def test_a_second_signal_ends_at_once(number):
     from sextant.train.loop import stop_requests
 
-    with pytest.raises(SystemExit) as ended, stop_requests() as asked:
+    with pytest.raises(SystemExit) as ended, stop_requests(lambda: "step 3 is intact") as asked:
         signal.raise_signal(number)
         assert asked()
         signal.raise_signal(number)
