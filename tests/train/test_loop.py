@@ -342,7 +342,8 @@ def test_a_sound_digest_does_not_make_a_sound_state(run, tmp_path, part, name, v
     found, _ = checkpoint.search(tmp_path / "checkpoints")
     assert found is not None
     parts = {**found.parts, "state": found.state}
-    parts[part] = {key: held for key, held in parts[part].items() if key != name} | ({} if value is None else {name: value})
+    rest = {key: held for key, held in parts[part].items() if key != name}
+    parts[part] = rest if value is None else {**rest, name: value}
     state = parts.pop("state")
     checkpoint.save(tmp_path / "checkpoints", 2, parts, state, found.manifest["identity"])
     with RunFolder(tmp_path) as folder, pytest.raises(CheckpointError):
