@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 import torch
 
@@ -54,7 +55,7 @@ def _defaults() -> dict[str, object]:
 
 
 def pick_device(name: str) -> torch.device:
-    """``auto`` is a GPU when there is one.
+    """The one reading of ``--device``: ``cpu``, ``cuda``, ``cuda:N``, or ``auto``, a GPU when there is one.
 
     Raises:
         EnvironmentFault: the device asked for is not here.
@@ -62,12 +63,11 @@ def pick_device(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UsageError("no such device", where="--device", got=name, expected="cpu, cuda or auto") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
+    known = re.fullmatch(r"cpu|cuda(?::(0|[1-9][0-9]*))?", name)
+    if not known:
+        raise UsageError("no such device", where="--device", got=name, expected="cpu, cuda, cuda:N or auto")
+    if name != "cpu" and int(known[1] or 0) >= torch.cuda.device_count():
         raise EnvironmentFault("no CUDA device here", where="--device", got=name, fix="Use --device cpu")
-    return device
+    return torch.device(name)
 
 

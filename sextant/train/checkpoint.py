@@ -269,8 +269,11 @@ def _verify_file(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def _advice(path: Path) -> str:
+    """What to do about a folder that does not load. Only one that bears a step's name is ours to delete."""
     named = _STEP.fullmatch(path.name)
-    others = [step for step in steps(path.parent) if not named or step < int(named[1])]
+    if not named:
+        return "Name a run folder, which holds checkpoints/, or a folder step-XXXXXXXX in there"
+    others = [step for step in steps(path.parent) if step < int(named[1])]
     if others:
         return f"Delete the folder or resume from {_folder(others[-1])}"
     return "Delete the folder; no older step exists here"

@@ -37,8 +37,8 @@ def begin_from(model: Transformer, source: Path, tokenizer: str, fresh: str | No
 
 
 def _found(source: Path) -> Checkpoint:
-    if (source / checkpoint.MANIFEST).is_file():
-        return checkpoint.load(source)
+    if source.exists() and not (source / "checkpoints").is_dir():
+        return checkpoint.load(source)  # one checkpoint, or what else it is: a pickle, a foreign folder
     found, _ = checkpoint.search(source / "checkpoints")
     if found is None:
         raise CheckpointError(

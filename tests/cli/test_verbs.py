@@ -187,6 +187,13 @@ class Lines(io.StringIO):
         return line
 
 
+@pytest.mark.parametrize("device", ["meta", "mps", "gpu", "cpu:0", "cuda:x"])
+@pytest.mark.parametrize("verb", [("train", "nano"), ("generate", "nowhere", "--prompt", "x")], ids=["train", "answer"])
+def test_devices_are_read_alike_by_every_verb(sextant: Any, verb: tuple[str, ...], device: str):
+    line = f"error: no such device: --device (got {device}, expected cpu, cuda, cuda:N or auto)\n"
+    assert sextant(*verb, "--device", device) == (2, "", line)
+
+
 def test_chat_answers_and_obeys(sextant: Any, trained: Path, monkeypatch: pytest.MonkeyPatch):
     typed = "The \n^C\n/stats\n/params temperature=0\n/params top_p=7\n/reset\nAgain\n/what\n/quit\nnever read\n"
     monkeypatch.setattr("sys.stdin", Lines(typed))

@@ -380,6 +380,17 @@ def test_when_nothing_loads_the_run_does_not_start_afresh(tmp_path):
         checkpoint.newest(tmp_path)
 
 
+@pytest.mark.parametrize("content", [None, "{}"])
+def test_a_foreign_folder_is_never_advised_to_be_deleted(tmp_path, content):
+    foreign = tmp_path / "etc"
+    foreign.mkdir()
+    if content:
+        (foreign / "manifest.json").write_text(content)
+    with pytest.raises(CheckpointError, match="Name a run folder, which holds checkpoints/, or") as caught:
+        checkpoint.load(foreign)
+    assert "Delete" not in str(caught.value)
+
+
 def test_no_checkpoint_is_no_error(tmp_path):
     assert checkpoint.newest(tmp_path) == (None, [])
     assert checkpoint.newest(tmp_path / "missing") == (None, [])

@@ -59,6 +59,13 @@ def test_other_shapes_and_no_weights_are_refused(run, tmp_path):  # noqa: F811
         begun(run, tmp_path / "b", init_from=str(tmp_path / "nowhere"))
 
 
+@pytest.mark.parametrize("source", ["model.pt", ""], ids=["file", "folder"])
+def test_a_pickle_to_begin_with_is_named(run, tmp_path, source):  # noqa: F811
+    (tmp_path / "model.pt").write_bytes(b"PK\3\4")
+    with pytest.raises(CheckpointError, match=r"model\.pt is a pickle file, which can run code"):
+        begun(run, tmp_path / "second", init_from=str(tmp_path / source))
+
+
 def test_weights_of_another_tokenizer_are_refused(run, tmp_path):  # noqa: F811
     trained(run, tmp_path / "first", until=1)
     found = checkpoint.load(tmp_path / "first/checkpoints/step-00000001")
