@@ -28,7 +28,7 @@ VERBS = {
     "report": "Look inside: what sparse layers read, expert load, where gradient arrives.",
     "generate": "Continue a prompt with a trained model.",
     "chat": "Talk to a trained model in the terminal.",
-    "demo": "Train the smallest model on bundled books, and let it write.",
+    "demo": "Train the twin of MAI-Base-1 on bundled books, and let it write.",
 }
 """Verb -> the line that ``sextant --help`` shows."""
 

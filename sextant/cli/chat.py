@@ -58,10 +58,10 @@ def chat(
 
 
 class Conversation:
-    """The text so far, and what a line of the user does to it."""
+    """The text so far, and what a line of the user does to it. Each turn draws numbers of its own."""
 
     def __init__(self, generator: Generator, sampling: Sampling):
-        self.generator, self.sampling, self.text = generator, sampling, ""
+        self.generator, self.sampling, self.text, self.turn = generator, sampling, "", 0
 
     def run(self) -> None:
         """Until the input ends or the user leaves."""
@@ -82,9 +82,10 @@ class Conversation:
                 _say("")
 
     def _answer(self, line: str) -> None:
-        self.text = self._fitting(self.text + line)
+        between = "\n" if self.text and not self.text.endswith("\n") else ""
+        self.text, self.turn = self._fitting(self.text + between + line), self.turn + 1
         try:
-            for piece in self.generator.stream(self.text, self.sampling):
+            for piece in self.generator.stream(self.text, self.sampling, self.turn):
                 print(piece, end="", flush=True)
                 self.text += piece
         except KeyboardInterrupt:
@@ -112,7 +113,7 @@ class Conversation:
                 self.sampling = self.sampling.override(*rest.split())
                 _say(" ".join(f"{key}={value}" for key, value in self.sampling.leaves().items()))
             elif name == "/reset":
-                self.text = ""
+                self.text, self.turn = "", 0
                 _say("[empty]")
             else:
                 _say(HELP)

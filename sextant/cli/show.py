@@ -50,7 +50,10 @@ def show(
     if as_yaml:
         typer.echo(run.to_yaml(), nl=False)
         return
-    facts = describe(run, parse_size(at) if at else run.model.context)
+    length = parse_size(at) if at else run.model.context
+    if length < 1:
+        raise UsageError("no such length", where="--at", got=at, expected="1 or more tokens")
+    facts = describe(run, length)
     if as_json:
         typer.echo(json.dumps(facts, indent=1))
         return

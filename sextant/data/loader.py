@@ -100,6 +100,20 @@ class Loader:
         """Pass over the next ``rows`` samples without reading them; errors as :meth:`take`."""
         self._advance(rows)
 
+    def require(self, rows: int) -> None:
+        """Make sure, before they are read, that so many more samples are there.
+
+        Raises:
+            DataError: the epochs are used up before.
+        """
+        limit = None if self.data.epochs is None else self.data.epochs * self.rows_per_epoch
+        if limit is not None and self.cursor + rows > limit:
+            raise DataError(
+                "the epochs hold too few samples", where=f"data.epochs {self.data.epochs}",
+                got=f"{limit - self.cursor:,} left of {limit:,}", expected=f"{rows:,}",
+                fix="Raise data.epochs, lower steps, or add text",
+            )
+
     def row(self, sample: int) -> Row:
         """Tokens, targets and boundaries of one global sample."""
         epoch, number = divmod(sample, self.rows_per_epoch)
@@ -134,12 +148,7 @@ class Loader:
     def _advance(self, rows: int) -> int:
         if rows < 1 or rows % self.world:
             raise UsageError("rows must divide among processes", got=rows, expected=f"a multiple of {self.world}")
-        limit = None if self.data.epochs is None else self.data.epochs * self.rows_per_epoch
-        if limit is not None and self.cursor + rows > limit:
-            raise DataError(
-                f"data is used up after {self.cursor:,} of {limit:,} samples", where="data.epochs",
-                got=self.data.epochs, fix="Raise data.epochs, lower steps, or add text",
-            )
+        self.require(rows)
         self.cursor += rows
         return self.cursor - rows
 

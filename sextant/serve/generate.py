@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +24,7 @@ from sextant.model.transformer import Transformer
 from sextant.serve.sampling import Sampling, choose
 from sextant.serve.text import Answer, FinishReason
 from sextant.train import checkpoint
+from sextant.train.loop import to_stderr
 from sextant.train.run import Run
 
 Prompt = str | Sequence[int]
@@ -165,10 +166,10 @@ class Generator:
             for answer, length in zip(answers, lengths, strict=True)
         ]
 
-    def stream(self, prompt: Prompt, sampling: Sampling | None = None) -> Iterator[str]:
-        """Pieces of one answer as they become certain; joined they are the text that :meth:`generate` gives."""
+    def stream(self, prompt: Prompt, sampling: Sampling | None = None, choice: int = 0) -> Iterator[str]:
+        """Pieces of one answer as they become certain; joined they are the answer ``choice`` of :meth:`generate`."""
         ids = self._ids(prompt)
-        for step in self._steps([ids], [self._answer(ids, sampling or Sampling(), 0)], 1):
+        for step in self._steps([ids], [self._answer(ids, sampling or Sampling(), choice)], 1):
             for _, text in step:
                 if text:
                     yield text
@@ -251,7 +252,7 @@ def _not_compiled() -> AbstractContextManager[object]:
 
 def load(
     path: str | Path, device: torch.device | str = "cpu", numerics: AnyNumerics | None = None,
-    weights: EightBitKind | None = None,
+    weights: EightBitKind | None = None, say: Callable[[str], None] = to_stderr,
 ) -> tuple[Transformer, Tokenizer, Run]:
     """A trained model, its tokenizer, and the run that made it.
 
@@ -260,11 +261,12 @@ def load(
         device: where the model goes.
         numerics: dtype policy; the run's own when None. Under bf16, matrices are cast once, here.
         weights: hold hidden matrices in 8 bits: about half of bf16's memory, at the price of restoring them each time.
+        say: gets a line for each newer checkpoint that is passed over.
 
     Raises:
         CheckpointError: no checkpoint, a damaged one, or one that belongs to another tokenizer or model.
     """
-    folder, found, manifest = _locate(Path(path))
+    folder, found, manifest = _locate(Path(path), say)
     run = Run.load(folder / "config.yaml")
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
     _require_tokenizer(manifest, tokenizer, folder)
@@ -320,7 +322,7 @@ def _hold_in_eight_bits(model: Transformer, kind: EightBitKind) -> Transformer:
 _PRODUCTS = {Role.HEAD, Role.ATTENTION_IN, Role.ATTENTION_OUT, Role.FF_IN, Role.FF_OUT}
 
 
-def _locate(path: Path) -> tuple[Path, Path, dict[str, Any]]:
+def _locate(path: Path, say: Callable[[str], None]) -> tuple[Path, Path, dict[str, Any]]:
     """Run folder, checkpoint folder and its verified manifest.
 
     Raises:
@@ -330,14 +332,18 @@ def _locate(path: Path) -> tuple[Path, Path, dict[str, Any]]:
     if not root.is_dir():
         manifest = checkpoint.verify(path)
         return path.resolve().parent.parent, path, manifest
-    fault = CheckpointError("no checkpoint yet", where=root, fix="Train first: sextant train")
+    faults = [CheckpointError("no checkpoint yet", where=root, fix="Train first: sextant train")]
     for step in reversed(checkpoint.steps(root)):
         found = root / f"step-{step:08d}"
         try:
-            return path, found, checkpoint.verify(found)
+            manifest = checkpoint.verify(found)
         except CheckpointError as error:
-            fault = error
-    raise fault
+            faults.append(error)
+            continue
+        for fault in faults[1:]:
+            say(f"skipped: {fault.line()}")
+        return path, found, manifest
+    raise faults[-1]
 
 
 def _require_tokenizer(manifest: dict[str, Any], tokenizer: Tokenizer, folder: Path) -> None:

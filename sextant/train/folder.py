@@ -82,6 +82,15 @@ class RunFolder:
         path = self.path / "config.yaml"
         return read_yaml(path) if path.exists() else None
 
+    @property
+    def trained(self) -> bool:
+        """Whether a step was taken here, saved or not."""
+        return bool(records(self.path / "metrics.jsonl"))
+
+    def write_environment(self, device: torch.device | str) -> None:
+        """``env.json``: what the bits of this start depend on besides the declaration."""
+        fs.write_json(self.path / "env.json", environment(device))
+
     def write_tokenizer(self, text: str) -> None:
         """``tokenizer.json``: what the checkpoints' token ids mean."""
         fs.write_text(self.path / "tokenizer.json", text)
@@ -137,7 +146,7 @@ class RunFolder:
             fs.remove_tree_safely(leftover)
         for name in _LOGS:
             self._mend(self.path / name)
-        fs.write_json(self.path / "env.json", environment())
+        self.write_environment("cpu")
 
     def _mend(self, path: Path) -> None:
         """Cut the unfinished last line that a killed process left, so that the next line starts on its own."""

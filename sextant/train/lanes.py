@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, wait
+from threading import Barrier
 from typing import Any, TypeVar
 
 import torch
@@ -25,10 +26,7 @@ class Lanes:
     """``count`` threads; with one, work is done by the caller with all threads of products."""
 
     def __init__(self, count: int):
-        self.count, self._pool = count, None
-        if count > 1:
-            threads = max(1, torch.get_num_threads() // count)
-            self._pool = ThreadPoolExecutor(count, "lane", initializer=torch.set_num_threads, initargs=(threads,))
+        self.count, self._pool = count, None if count == 1 else _pool(count)
 
     def map(self, work: Callable[..., R], *items: Iterable[Any]) -> list[R]:
         """``work`` on each item, results in their order; the first error is raised when all have ended."""
@@ -38,6 +36,22 @@ class Lanes:
         futures = [self._pool.submit(work, *call) for call in calls]
         wait(futures)
         return [future.result() for future in futures]
+
+
+def _pool(count: int) -> ThreadPoolExecutor:
+    """Threads that share the caller's threads of products, all of them started."""
+    threads, started = torch.get_num_threads(), Barrier(count + 1)
+    pool = ThreadPoolExecutor(count, "lane", _take, (max(1, threads // count),))
+    for _ in range(count):
+        pool.submit(started.wait)
+    started.wait()
+    torch.set_num_threads(threads)  # a thread that sets its own number also sets that of threads to come
+    return pool
+
+
+def _take(threads: int) -> None:
+    torch.get_num_threads()  # a thread adopts the common number at its first use: have that behind us
+    torch.set_num_threads(threads)
 
 
 def lanes_for(model: Transformer, wanted: int) -> Lanes:

@@ -34,7 +34,7 @@ from sextant.train.folder import RunFolder
 from sextant.train.lanes import Lanes, lanes_for
 from sextant.train.optim import train_only
 from sextant.train.rng import mixed, random_states, restore_random_states
-from sextant.train.run import Run, changes, check_run, check_vocab
+from sextant.train.run import Run, changes, check_prompt, check_run, check_vocab
 from sextant.train.start import begin_from
 from sextant.train.status import Clock, StepReport, memory_in_use
 from sextant.train.watch import SpikeWatch, first_non_finite, non_finite_gradients
@@ -61,6 +61,7 @@ class Trainer:
         self.device = torch.device(device)
         self.train_shards, self.heldout_shards, self.tokenizer = opened(run.data)
         check_vocab(run, self.tokenizer.vocab_size)
+        check_prompt(run, len(self.tokenizer.encode(run.prompt)))
         self.bytes_P = torch.from_numpy(self.tokenizer.token_bytes_P).to(self.device)
         self.model = run.model.build(run.numerics, device=self.device, seed=run.seed)
         self.model.recompute = run.recompute
@@ -73,6 +74,8 @@ class Trainer:
         self.clock = Clock(run.model.training_cost(At(run.data.seq_len)).flops, self.device)
         self.step, self.tokens, self.seconds, self.saved = 0, 0, 0.0, None
         self._resume()
+        self.loader.require(run.rows_from(self.step))
+        folder.write_environment(self.device)
         folder.write_config(run.to_yaml())
         folder.write_tokenizer(self.tokenizer.to_json())
         self._attend(run.stage_at(max(0, self.step - 1)))
@@ -100,10 +103,10 @@ class Trainer:
             with stop_requests(self._last_good) as asked:
                 while self.step < self.run.steps:
                     self._advance()
-                    if asked():
-                        self._save()
-                        raise Stopped(f"stopped after step {self.step}, saved; run the same command to go on")
                     self._look()
+                    if asked():
+                        self._save_if_new()
+                        raise Stopped(f"stopped after step {self.step}, saved; run the same command to go on")
                 self._save_if_new()
                 return self._finish(asked)
         finally:
@@ -257,10 +260,12 @@ class Trainer:
         found, skipped = checkpoint.newest(self.folder.checkpoints)
         for line in skipped:
             self.say(line)
+        if found is not None or self.folder.trained:
+            self._refuse_another_run()
         if found is None:
             self._begin()
             return
-        self._refuse_another_run(found)
+        self._require_fit(found)
         self._restore(found)
         self.folder.truncate_metrics(found.step)
         self.folder.event("resume", step=found.step)
@@ -272,11 +277,13 @@ class Trainer:
             self.say(begin_from(self.model, Path(self.run.init_from), self.tokenizer.digest, self.run.train_only))
         self.folder.truncate_metrics(0)
 
-    def _refuse_another_run(self, found: checkpoint.Checkpoint) -> None:
+    def _refuse_another_run(self) -> None:
         held = self.folder.config()
         if held is not None:
             for line in changes(Run.parse(held, source=str(self.folder.path / "config.yaml")), self.run):
                 self.say(f"changed: {line}")
+
+    def _require_fit(self, found: checkpoint.Checkpoint) -> None:
         for warning in checkpoint.require_compatible(found.manifest, self._identity()):
             self.say(f"warning: {warning}")
         if found.step > self.run.steps:

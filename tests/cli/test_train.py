@@ -25,6 +25,8 @@ def test_a_dry_run_writes_nothing(sextant: Any, tmp_path: Path, monkeypatch: pyt
         (["--set", "init_from=no/such/run"], 4),
         (["--set", "train_only=nomatch"], 2),
         (["--set", "model.vocab=300"], 2),
+        (["--set", "data.epochs=1", "--steps", "1000000"], 3),
+        (["--set", f"prompt={'long words ' * 500}"], 2),
     ],
 )
 def test_a_dry_run_checks_what_a_start_checks(sextant: Any, arguments: list[str], code: int):

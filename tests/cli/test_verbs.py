@@ -203,6 +203,23 @@ def test_chat_answers_and_obeys(sextant: Any, trained: Path, monkeypatch: pytest
     assert "error: " in err and "top_p" in err and err.count("/stats numbers") == 2
 
 
+def test_chat_keeps_turns_apart_and_draws_anew_for_each(trained: Path, monkeypatch: pytest.MonkeyPatch):
+    """A line begins on a line of its own, and one seed does not give every turn the same numbers."""
+    from sextant.cli.chat import Conversation
+    from sextant.serve.generate import Generator, load
+    from sextant.serve.sampling import Sampling
+
+    talk = Conversation(Generator(*load(trained)[:2]), Sampling(seed=1, max_tokens=8, temperature=2.0))
+    asked: list[str] = []
+    whole = talk.generator.stream
+    monkeypatch.setattr(talk.generator, "stream", lambda text, *rest: asked.append(text) or whole("same", *rest))
+    talk._answer("To be")
+    first = talk.text.removeprefix("To be")
+    talk._answer("To be")
+    assert asked[1] == f"To be{first}\nTo be" if not first.endswith("\n") else asked[1].endswith("\nTo be")
+    assert talk.text.removeprefix(asked[1]) != first
+
+
 def test_chat_keeps_the_text_within_the_context(sextant: Any, trained: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("word and more " * 200 + "\nand on\n"))
     code, _, err = sextant("chat", str(trained), "--max-tokens", "4", "--device", "cpu")

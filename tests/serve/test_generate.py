@@ -158,12 +158,14 @@ def test_one_step_can_be_named(run_folder: Path, model: Transformer):
     assert not torch.equal(older.embedding.weight, model.embedding.weight)
 
 
-def test_a_damaged_newest_step_is_passed_over(run_folder: Path, tmp_path: Path, model: Transformer):
+def test_a_damaged_newest_step_is_passed_over_and_named(run_folder: Path, tmp_path: Path, model: Transformer):
     folder = tmp_path / "small"
     shutil.copytree(run_folder, folder)
     file = folder / "checkpoints" / "step-00000002" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"x")
-    assert not torch.equal(load(folder)[0].embedding.weight, model.embedding.weight)
+    said: list[str] = []
+    assert not torch.equal(load(folder, say=said.append)[0].embedding.weight, model.embedding.weight)
+    assert len(said) == 1 and said[0].startswith("skipped: changed since it was written: step-00000002/model")
     with pytest.raises(CheckpointError, match="changed since it was written"):
         load(folder / "checkpoints" / "step-00000002")
     shutil.rmtree(folder / "checkpoints" / "step-00000001")

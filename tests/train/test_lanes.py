@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 
 import pytest
@@ -134,10 +135,14 @@ def test_an_error_in_a_lane_is_raised_after_the_others_have_ended():
     assert Lanes(2).map(lambda a, b: a * b, [1, 2, 3], [4, 5, 6]) == [4, 10, 18]
 
 
-def test_lanes_share_the_threads_and_leave_the_callers_alone():
+def test_lanes_share_the_threads_and_leave_others_alone():
     before = torch.get_num_threads()
     assert Lanes(2).map(lambda _: torch.get_num_threads(), range(2)) == 2 * [max(1, before // 2)]
-    assert torch.get_num_threads() == before
+    later: list[int] = []
+    thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert torch.get_num_threads() == before and later == [before]
 
 
 def test_sums_have_memory_of_their_own():

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from sextant import recipes
-from sextant.core.errors import CheckpointError, NumericsError, Stopped, UsageError
+from sextant.core.errors import CheckpointError, DataError, NumericsError, Stopped, UsageError
 from sextant.data.prepare import prepare
 from sextant.model.spec import ModelSpec
 from sextant.recipes import mai_base_1
@@ -20,7 +20,7 @@ from sextant.train import checkpoint
 from sextant.train.evaluate import HeldOut
 from sextant.train.folder import RunFolder
 from sextant.train.loop import Trainer
-from sextant.train.plots import draw
+from sextant.train.plots import draw, heldout_curve
 from sextant.train.run import Run
 
 WORDS = ["the", "a", "king", "queen", "of", "sea", "storm", "and", "night", "day", "lord", "speaks", "comes", "never"]
@@ -248,6 +248,29 @@ def test_a_signal_saves_and_the_same_command_goes_on(run, tmp_path, number):
     assert all(torch.equal(value, saved[name]) for name, value in unbroken.model.state_dict().items())
 
 
+def test_a_stop_still_takes_the_looks_of_its_step(run, tmp_path):
+    with RunFolder(tmp_path / "broken") as folder, pytest.raises(Stopped):
+        Trainer(run, folder, say=lambda line: line.startswith("step 4/") and signal.raise_signal(2)).fit()
+    trained(run, tmp_path / "broken")
+    trained(run, tmp_path / "unbroken")
+    assert heldout_curve(tmp_path / "broken") == heldout_curve(tmp_path / "unbroken")
+
+
+def test_data_that_cannot_last_is_refused_at_the_start(run, tmp_path):
+    with RunFolder(tmp_path) as folder, pytest.raises(DataError, match=r"too few samples: data\.epochs 1"):
+        Trainer(run.override("data.epochs=1", "steps=10000"), folder, say=quiet)
+
+
+def test_a_prompt_that_fills_the_context_is_refused_at_the_start(run, tmp_path):
+    with RunFolder(tmp_path) as folder, pytest.raises(UsageError, match="prompt of the samples fills the context"):
+        Trainer(run.replace(prompt="the king " * 40), folder, say=quiet)
+
+
+def test_the_environment_names_the_device(run, tmp_path):
+    trained(run, tmp_path, until=1)
+    assert json.loads((tmp_path / "env.json").read_text())["device"] == "cpu"
+
+
 def test_stopping_inside_the_loop_raises_after_saving(run, tmp_path):
     with RunFolder(tmp_path) as folder:
         trainer = Trainer(run, folder, say=lambda line: line.startswith("step 3/") and signal.raise_signal(2))
@@ -275,9 +298,14 @@ def test_stopping_in_the_last_evaluation_loses_no_step(run, tmp_path):
 def test_weights_that_are_not_finite_are_never_saved(run, tmp_path):
     """The update itself breaks them: the next loss would be too late to say so."""
     trained(run, tmp_path, until=2)
-    broken = run.override("optimiser.lr=1e39", "steps=3", "schedule.warmup=0")
+
+    def say(line: str) -> None:
+        if line.startswith("step 3/"):
+            trainer.model.blocks[0].around_attention.norm.gain.data[0] = float("inf")
+
     with RunFolder(tmp_path) as folder, pytest.raises(NumericsError, match=r"after step 3, .*step 2 is intact") as stop:
-        Trainer(broken, folder, say=quiet).fit()
+        trainer = Trainer(run.replace(steps=3), folder, say=say)
+        trainer.fit()
     assert stop.value.exit_code == 5
     assert checkpoint.steps(tmp_path / "checkpoints") == [2]
 
@@ -305,11 +333,20 @@ def test_a_refused_start_changes_nothing_in_the_folder(run, tmp_path):
         assert files_of(tmp_path / "run") == before
 
 
-def test_a_folder_without_a_checkpoint_takes_another_start(run, tmp_path):
+def test_a_folder_where_nothing_was_trained_takes_another_start(run, tmp_path):
     with RunFolder(tmp_path) as folder:
-        Trainer(run, folder, say=quiet)._advance()
+        Trainer(run, folder, say=quiet)
     assert trained(run.replace(seed=9), tmp_path, until=2).step == 2
     assert [line.split()[0] for line in losses(tmp_path)] == ["1", "2"]
+
+
+def test_another_run_is_refused_before_the_first_save_too(run, tmp_path):
+    with RunFolder(tmp_path) as folder:
+        Trainer(run, folder, say=quiet)._advance()
+    before = files_of(tmp_path)
+    with RunFolder(tmp_path) as folder, pytest.raises(UsageError, match="another run"):
+        Trainer(run.override("model.width=24"), folder, say=quiet)
+    assert files_of(tmp_path) == before
 
 
 def test_fewer_steps_than_done_are_refused(run, tmp_path):

@@ -45,7 +45,7 @@ def test_a_ramp_gives_the_rows_before_each_step():
         (Batch, {"rows": 8, "micro_rows": 4, "ramp": [[5, 6]]}, "must divide every batch size, here 6"),
         (Batch, {"rows": 8, "micro_rows": 4, "ramp": [[9, 4], [5, 8]]}, "ascend"),
         (Steps, {"at": [0.9, 0.5]}, "ascend"),
-        (WSD, {"decay": 0.0}, "greater than 0"),
+        (WSD, {"decay": 0.0}, "expected more than 0"),
     ],
 )
 def test_impossible_declarations_are_refused(kind, fields, message):
