@@ -15,7 +15,7 @@ PROMPT = "ROMEO.\n"
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Run folder.")] = Path("runs/demo"),
-    steps: Annotated[int | None, typer.Option(help="Optimiser steps; the default takes about two minutes.")] = None,
+    steps: Annotated[str | None, typer.Option(help="Optimiser steps; the default takes about two minutes.")] = None,
 ) -> None:
     """Train the CPU twin of MAI-Base-1 on the bundled books, then let it write."""
     from sextant import recipes

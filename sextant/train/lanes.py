@@ -1,7 +1,7 @@
 """Micro-batches side by side on a CPU, each on a thread of its own with its share of the threads of products.
 
 Threads that share one product wait for one another several hundred times a step, and the longer the farther apart
-their cores are; threads with a micro-batch each wait once (docs/design/side-by-side.md).
+their cores are; threads with a micro-batch each wait twice (docs/design/side-by-side.md).
 """
 
 from __future__ import annotations
