@@ -65,6 +65,8 @@ def as_sextant(error: Exception) -> SextantError | None:
         asked = re.search(r"allocate ([\d.]+ \w+)", str(error))
         got = f"a request for {asked[1]}" if asked else _first_line(error)[:80]
         return EnvironmentFault("out of memory", got=got, fix="Lower the batch, the length or the model's size")
+    if isinstance(error, OSError) and error.strerror:
+        return EnvironmentFault(error.strerror.lower(), where=str(error.filename or "")[-100:])
     return None
 
 

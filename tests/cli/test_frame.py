@@ -118,6 +118,12 @@ def test_no_memory_on_a_cpu_is_a_fault_of_the_machine(
     assert err.startswith(f"error: out of memory (got {got}") and err.count("\n") == 1 and len(err) <= 200
 
 
+def test_what_the_machine_refuses_anywhere_is_a_fault_of_it(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    assert frame.run(verb(lambda: os.stat(tmp_path / ("x" * 300))), [], debug=False) == 6
+    err = capsys.readouterr().err
+    assert err.startswith("error: file name too long: xxx") and err.count("\n") == 1 and len(err) <= 200
+
+
 @pytest.mark.parametrize(("error", "code"), [(MemoryError(), 6), (KeyboardInterrupt(), 130)])
 def test_memory_and_interrupts(error: BaseException, code: int):
     def fail() -> None:
