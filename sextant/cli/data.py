@@ -27,7 +27,7 @@ def prepare(
     skip_bad: Annotated[bool, typer.Option(help="Leave bad rows out, up to 0.1 %, and list them.")] = False,
     encoding_errors: Annotated[str, typer.Option(help="strict, or replace bytes that are no UTF-8.")] = "strict",
     max_line_mb: Annotated[int, typer.Option(help="Longest line or text file, MiB.")] = 64,
-    seed: Annotated[int, typer.Option(help="Chooses the documents to hold out.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Chooses the documents to hold out.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="The result as one JSON object.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
 ) -> None:

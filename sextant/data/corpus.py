@@ -147,7 +147,7 @@ class Corpus:
             raise error
         self.bad_rows += 1
         if len(self.bad) < _LISTED:
-            self.bad.append(error.line())
+            self.bad.append(error.line().removesuffix(f". {error.fix}"))
         self._refuse_too_many(at_end=False)
 
     def _refuse_too_many(self, at_end: bool) -> None:
@@ -155,7 +155,7 @@ class Corpus:
         if self.bad_rows > MAX_BAD_SHARE * self.rows and (at_end or self.bad_rows > 1000):
             raise DataError(
                 "too many bad rows", where=f"first {self.bad[0]}", got=f"{self.bad_rows:,} of {self.rows:,}",
-                expected="at most 0.1 %", fix="Look at what wrote these files",
+                expected="at most 0.1 %", fix="Look at what wrote them",
             )
 
 
@@ -355,7 +355,7 @@ def _read_table(path: Path, reading: Reading) -> Iterator[_Row]:
     group = "footer"
     try:
         with parquet.ParquetFile(path, page_checksum_verification=True) as table:
-            columns = _columns({field.name: field.type for field in table.schema_arrow}, arrow.types, path, reading)
+            columns = _columns(table.schema_arrow, arrow.types, path, reading)
             for number in range(table.num_row_groups):
                 group = f"row group {number}"
                 batches = table.iter_batches(256, row_groups=[number], columns=columns)
@@ -367,8 +367,9 @@ def _read_table(path: Path, reading: Reading) -> Iterator[_Row]:
         raise DataError("parquet file is damaged or cut short", where=f"{path} {group}", got=got) from None
 
 
-def _columns(types: dict[str, Any], kinds: Any, path: Path, reading: Reading) -> list[str]:
+def _columns(schema: Any, kinds: Any, path: Path, reading: Reading) -> list[str]:
     """What to read of a table: the text or the ids, and short fields that name a document."""
+    types = dict(zip(schema.names, schema.types, strict=True))
     main = reading.text_field if reading.text_field in types else "input_ids"
     if main not in types:
         raise _no_field(path, types, reading)
@@ -376,7 +377,11 @@ def _columns(types: dict[str, Any], kinds: Any, path: Path, reading: Reading) ->
     if not fits(types[main], kinds):
         raise DataError(f"field '{main}' is {str(types[main])[:40]}", where=path, expected=expected)
     labels = [name for name in ("title", "id") if name in types and _label(types[name], kinds)]
-    return list(dict.fromkeys([main, *labels]))
+    wanted = list(dict.fromkeys([main, *labels]))
+    for name in wanted:
+        if schema.names.count(name) > 1:
+            raise DataError(f"two fields are named '{name}'", where=path)
+    return wanted
 
 
 def _textual(kind: Any, kinds: Any) -> bool:

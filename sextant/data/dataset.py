@@ -26,6 +26,7 @@ AGAIN = "Run `sextant data prepare` again"
 
 _VERIFY_BELOW = 1 << 30  # bytes of a folder that is hashed whenever it is opened
 _OFFSET = np.dtype("<i8")
+_SHOWN = 13  # characters of a bad value: 12 of a digest and its quote
 
 
 class File(Spec):
@@ -81,14 +82,15 @@ class Index(Spec):
         """
         path = folder / INDEX
         try:
-            return cls.parse(json.loads(path.read_text(encoding="utf-8")), str(path))
+            return cls.parse(json.loads(path.read_text(encoding="utf-8")))
         except FileNotFoundError:
             fix = f"Make it with `sextant data prepare PATH... --out {folder}`"
             raise DataError("no prepared data", where=folder, expected=f"a folder with {INDEX}", fix=fix) from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise DataError("cannot read", where=path, got=str(error)[:80], fix=AGAIN) from None
         except UsageError as error:
-            raise DataError("damaged index", where=path, got=error.line(), fix=AGAIN) from None
+            what, where = f"damaged index ({error.what})", f"{path} {error.where}".rstrip()
+            raise DataError(what, where=where, got=error.got[:_SHOWN], fix=AGAIN) from None
 
 
 def shard_name(split: str, number: int, ending: str) -> str:
@@ -156,7 +158,7 @@ class Shards:
             DataError: it is not the one that made the ids.
         """
         path = self.folder / "tokenizer.json"
-        tokenizer = Tokenizer(path.read_text(encoding="utf-8"), eot=self.index.eot, where=path)
+        tokenizer = Tokenizer.load(path, self.index.eot)
         if tokenizer.digest != self.digest:
             got, expected = tokenizer.digest[:12], self.digest[:12]
             raise DataError("not the tokenizer that made the ids", where=path, got=got, expected=expected, fix=AGAIN)

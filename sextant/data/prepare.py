@@ -129,7 +129,7 @@ def prepare(
     out = Path(out)
     if not 0 < heldout <= 0.5:
         raise UsageError("no such share", where="--heldout", got=heldout, expected="above 0, at most 0.5")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.name == ".." or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
         raise UsageError("the folder is taken", where=out, fix="Name another --out, or delete it first")
     corpus = Corpus(paths, reading)
     sources = tuple(_source(file) for file in corpus.files)

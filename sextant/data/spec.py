@@ -16,6 +16,9 @@ SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 MIN_VOCAB = 256 + len(SPECIAL)
 """Every byte and the control tokens: the smallest byte-level vocabulary."""
 
+MAX_VOCAB = 2**24
+"""Far above any in use; beyond it the tokenizer library takes minutes, or ends the process."""
+
 
 class Data(Spec):
     """Data of a run.
@@ -31,7 +34,7 @@ class Data(Spec):
     """
 
     source: str = BOOKS
-    vocab: int = Field(default=4096, ge=MIN_VOCAB, lt=2**31)
+    vocab: int = Field(default=4096, ge=MIN_VOCAB, le=MAX_VOCAB)
     seq_len: int = Field(ge=1, le=2**24)
     packing: Literal["concat", "best_fit"] = "concat"
     mask_documents: bool = True

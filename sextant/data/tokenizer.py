@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sextant.core.errors import DataError
-from sextant.data.spec import MIN_VOCAB, SPECIAL
+from sextant.data.spec import MAX_VOCAB, MIN_VOCAB, SPECIAL
 
 if TYPE_CHECKING:
     import tokenizers
@@ -47,14 +47,15 @@ class Tokenizer:
             DataError: not a tokenizer, or no token that ends a document.
         """
         self._inner = _parse(text, where)
-        self._json = json.loads(self._inner.to_str())
         self.vocab_size = max(self._vocab.values()) + 1
+        _refuse_many(self.vocab_size, where)
+        self._json = json.loads(self._inner.to_str())
         self.eot = _end_of_text(self._vocab, eot, where)
         self.eot_id = self._vocab[self.eot]
 
     @classmethod
-    def load(cls, path: str | Path) -> Tokenizer:
-        """Read a ``tokenizer.json``, or a folder that has one; ``eos_token`` of a config beside it is honoured.
+    def load(cls, path: str | Path, eot: str | None = None) -> Tokenizer:
+        """Read a ``tokenizer.json``, or a folder that has one; ``eos_token`` of a config beside it names ``eot``.
 
         Raises:
             DataError: no such file, or one that is no tokenizer.
@@ -67,20 +68,21 @@ class Tokenizer:
             raise DataError("cannot read the tokenizer", where=file, got=error.strerror or error) from None
         except UnicodeDecodeError as error:
             raise DataError("not a tokenizer.json", where=file, got=f"byte {error.start} is not UTF-8") from None
-        return cls(text, eot=_configured_eot(file.with_name("tokenizer_config.json")), where=file)
+        return cls(text, eot=eot or _configured_eot(file.with_name("tokenizer_config.json")), where=file)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab: int) -> Tokenizer:
         """Learn merges from texts; the same texts give the same tokenizer. Little text may give fewer than ``vocab``.
 
         Raises:
-            DataError: a vocabulary that cannot hold all bytes, or no text.
+            DataError: a vocabulary that cannot hold all bytes, or too large a one.
         """
         from tokenizers import Tokenizer as Inner
         from tokenizers import decoders, models, pre_tokenizers, trainers
 
         if vocab < MIN_VOCAB:
             raise DataError("vocabulary too small for all bytes", got=vocab, expected=f"at least {MIN_VOCAB}")
+        _refuse_many(vocab)
         inner = Inner(models.BPE())
         inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
         inner.decoder = decoders.ByteLevel()  # type: ignore[assignment]
@@ -321,16 +323,24 @@ def _parse(text: str, where: object) -> tokenizers.Tokenizer:
     return inner
 
 
+def _refuse_many(vocab: int, where: object = "") -> None:
+    if vocab > MAX_VOCAB:
+        raise DataError("vocabulary too large", where=where, got=f"{vocab:,} ids", expected=f"at most {MAX_VOCAB:,}")
+
+
 def _configured_eot(path: Path) -> str | None:
     """``eos_token`` of a ``tokenizer_config.json``, if there is one."""
     try:
         config: Any = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError("cannot read", where=path, got=str(error)[:80]) from None
     token = config.get("eos_token") if isinstance(config, dict) else None
-    return token.get("content") if isinstance(token, dict) else token
+    token = token.get("content") if isinstance(token, dict) else token
+    if token is not None and not isinstance(token, str):
+        raise DataError("eos_token is no text", where=path, got=repr(token)[:40])
+    return token
 
 
 def _end_of_text(vocab: dict[str, int], wanted: str | None, where: object) -> str:

@@ -162,7 +162,10 @@ def test_skip_bad_counts_lists_and_stops_above_a_thousandth(tmp_path: Path) -> N
     lines[900] = "nonsense"
     path.write_text("\n".join(lines))
     line = refusal(path, skip_bad=True)
-    assert "too many bad rows" in line and "got 3 of 2,000, expected at most 0.1 %" in line
+    assert f"too many bad rows: first not valid JSON: {path}:4 (got" in line and "Look at what wrote them" in line
+    assert "got 3 of 2,000, expected at most 0.1 %" in line
+    (tmp_path / "b.txt").write_bytes(b"\xe9")
+    assert "--encoding-errors" not in refusal(tmp_path / "b.txt", skip_bad=True)  # one piece of advice in a line
 
 
 def test_skip_bad_gives_up_early_on_a_hopeless_file(tmp_path: Path) -> None:
@@ -244,6 +247,8 @@ def test_parquet_columns_of_another_type_are_named(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"text": pa.array([1, 2], pa.timestamp("ms"))}), path)
     assert refusal(path) == f"field 'text' is timestamp[ms]: {path} (expected a string)"
+    pq.write_table(pa.table([["a"], ["b"]], names=["text", "text"]), path)
+    assert refusal(path) == f"two fields are named 'text': {path}"
     pq.write_table(pa.table({"input_ids": [[0.5]]}), path)
     assert f"field 'input_ids' is list<element: double>: {path} (expected lists of token ids)" in refusal(path)
 

@@ -39,6 +39,11 @@ def test_prepare_prints_a_table_or_json(tmp_path: Path) -> None:
         run(data, "prepare", path, "--out", tmp_path / "3", "--vocab", "300", "--tokenizer", tmp_path / "t.json")
 
 
+def test_prepare_refuses_seeds_that_its_index_could_not_hold(tmp_path: Path) -> None:
+    arguments = ["prepare", str(corpus(tmp_path / "a.jsonl")), "--out", str(tmp_path / "out"), "--seed", str(2**63)]
+    assert CliRunner().invoke(data, arguments).exit_code == 2
+
+
 def test_inspect_shows_borders_and_what_carries_no_loss(prepared: Path) -> None:
     shown = run(data, "inspect", prepared, "--n", 8, "--seq-len", 32, "--packing", "best_fit")
     assert shown.count("sample ") == 8 and BORDER in shown and "\x1b" not in shown

@@ -178,6 +178,8 @@ def test_a_taken_folder_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="the folder is taken"):
         prepare([corpus(tmp_path / "a.jsonl")], tmp_path / "out", quiet=True)
     assert os.listdir(tmp_path / "out") == ["mine"]
+    with pytest.raises(UsageError, match="the folder is taken"):
+        prepare([tmp_path / "a.jsonl"], tmp_path / "new" / "..", quiet=True)
 
 
 def test_a_failure_leaves_nothing(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Opening prepared folders with distrust: every change is named before a model sees it."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -80,8 +81,17 @@ def test_damaged_or_foreign_index(folder: Path, tmp_path: Path) -> None:
         path.write_text(json.dumps(good | change))
         assert message in refusal(folder), change
     assert "no documents in split 'heldout'" in refusal(folder, "heldout")
-    path.write_text(json.dumps(good)[:-30])
-    assert "cannot read" in refusal(folder)
+    for content in (json.dumps(good)[:-30], "[" * 100_000):
+        path.write_text(content)
+        assert "cannot read" in refusal(folder)
+
+
+def test_a_damaged_digest_is_shown_short(folder: Path) -> None:
+    path = folder / "index.json"
+    path.write_text(path.read_text().replace('"sha256": "', '"sha256": "Z'))
+    line = refusal(folder).replace(str(path), "index.json")
+    assert line.startswith("damaged index (") and "): index.json files." in line
+    assert re.search(r'\(got "Z[0-9a-f]{11}\b', line) and len(line) <= 180
 
 
 def test_a_swapped_tokenizer_is_noticed(folder: Path) -> None:
@@ -90,6 +100,9 @@ def test_a_swapped_tokenizer_is_noticed(folder: Path) -> None:
     merges[0], merges[-1] = merges[-1], merges[0]
     (folder / "tokenizer.json").write_text(json.dumps(state, ensure_ascii=False, separators=(",", ":")))
     with pytest.raises(DataError, match="not the tokenizer that made the ids"):
+        _ = Shards(folder, verify=False).tokenizer
+    (folder / "tokenizer.json").write_bytes(b"\xff" + (folder / "tokenizer.json").read_bytes()[1:])
+    with pytest.raises(DataError, match=r"not a tokenizer.json.*byte 0 is not UTF-8"):
         _ = Shards(folder, verify=False).tokenizer
 
 
@@ -106,7 +119,7 @@ def test_declaration() -> None:
     assert Data.parse(data.to_dict()) == data
     for change, message in (
         ({"seq_len": 0}, "seq_len"),
-        ({"vocab": 100}, "greater than or equal to 259"),
+        ({"vocab": 100}, "259"),
         ({"source": " "}, "'books'"),
         ({"packing": "pad"}, "'concat' or 'best_fit'"),
         ({"epochs": 0}, "epochs"),

@@ -136,6 +136,14 @@ def test_trained_vocabulary() -> None:
         Tokenizer.train(["x"], 200)
 
 
+def test_vocabularies_that_the_library_would_die_of_are_refused() -> None:
+    with pytest.raises(DataError, match=r"vocabulary too large \(got 2,000,000,000 ids, expected at most 16,777,216\)"):
+        Tokenizer.train(["x"], 2_000_000_000)
+    text = Inner(models.WordLevel({"a": 0, "</s>": 1}, unk_token="a")).to_str()
+    with pytest.raises(DataError, match=r"vocabulary too large: tokenizer\.json"):
+        Tokenizer(text.replace('"</s>":1', f'"</s>":{2**31}'))
+
+
 def test_batches_equal_single_texts() -> None:
     made = [*sample_texts(40), "", "long " * 40_000]
     for text, ids in zip(made, BYTES.encode_batch(made), strict=True):
@@ -194,9 +202,10 @@ def test_end_of_text_is_found_or_named(tmp_path: Path) -> None:
     config.write_text(json.dumps({"eos_token": "<nope>"}))
     with pytest.raises(DataError, match="end-of-text token is not in the vocabulary"):
         Tokenizer.load(tmp_path)
-    config.write_text("{")
-    with pytest.raises(DataError, match="cannot read"):
-        Tokenizer.load(tmp_path)
+    for content, message in (("{", "cannot read"), ('{"eos_token": ["</s>"]}', "eos_token is no text")):
+        config.write_text(content)
+        with pytest.raises(DataError, match=message):
+            Tokenizer.load(tmp_path)
     inner = Inner(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
     with pytest.raises(DataError, match="has no end-of-text token"):
         Tokenizer(inner.to_str())
