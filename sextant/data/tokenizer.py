@@ -313,7 +313,9 @@ def _parse(text: str, where: object) -> tokenizers.Tokenizer:
 
     try:
         inner = Inner.from_str(text)
-    except Exception as error:  # the library raises plain Exception
+    except BaseException as error:  # the library raises plain Exception; a panic in it is not even that
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise DataError("not a tokenizer.json", where=where, got=str(error).splitlines()[0][:80]) from None
     if not inner.get_vocab_size():
         raise DataError("the tokenizer has no vocabulary", where=where)

@@ -211,6 +211,13 @@ def test_end_of_text_is_found_or_named(tmp_path: Path) -> None:
         Tokenizer(inner.to_str())
 
 
+def test_a_panic_of_the_library_is_no_crash() -> None:
+    state = json.loads(BYTES.to_json())
+    state["model"]["continuing_subword_prefix"] = "longer than any token"
+    with pytest.raises(DataError, match=r"not a tokenizer\.json"):
+        Tokenizer(json.dumps(state))
+
+
 def test_files_that_are_no_tokenizer(tmp_path: Path) -> None:
     for content in (b"", b"{}", b"[1]", b"\xff\xfe", b'{"model": {"type": "BPE"}}'):
         (tmp_path / "t.json").write_bytes(content)
