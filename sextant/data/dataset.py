@@ -84,7 +84,7 @@ class Index(Spec):
         try:
             return cls.parse(json.loads(path.read_text(encoding="utf-8")))
         except FileNotFoundError:
-            fix = f"Make it with `sextant data prepare PATH... --out {folder}`"
+            fix = "Make it with `sextant data prepare PATH... --out DIR`"
             raise DataError("no prepared data", where=folder, expected=f"a folder with {INDEX}", fix=fix) from None
         except (OSError, ValueError, RecursionError) as error:
             raise DataError("cannot read", where=path, got=str(error)[:80], fix=AGAIN) from None

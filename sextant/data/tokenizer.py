@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
@@ -46,6 +47,7 @@ class Tokenizer:
         Raises:
             DataError: not a tokenizer, or no token that ends a document.
         """
+        self._where = where
         self._inner = _parse(text, where)
         self.vocab_size = max(self._vocab.values()) + 1
         _refuse_many(self.vocab_size, where)
@@ -99,7 +101,7 @@ class Tokenizer:
         """Ids of a text, without control tokens.
 
         Raises:
-            DataError: the text has a lone surrogate, which UTF-8 cannot hold.
+            DataError: the text has a lone surrogate, which UTF-8 cannot hold, or a word that the tokenizer lacks.
         """
         return self.encode_batch([text])[0].tolist()
 
@@ -123,7 +125,9 @@ class Tokenizer:
 
     def _encode(self, texts: Sequence[str]) -> Iterator[np.ndarray]:
         _refuse_surrogates(texts)
-        for text, encoding in zip(texts, self._inner.encode_batch_fast(texts, add_special_tokens=False), strict=True):
+        with _refusals("the tokenizer cannot encode this text", self._where):
+            encodings = self._inner.encode_batch_fast(texts, add_special_tokens=False)
+        for text, encoding in zip(texts, encodings, strict=True):
             ids = encoding.ids
             if not self._control.isdisjoint(ids):
                 ids = self._spelled_out(text)
@@ -134,7 +138,8 @@ class Tokenizer:
         names = "|".join(re.escape(name) for name in sorted(self._control_names, key=len, reverse=True))
         cut = re.split(f"(?={names})", text)
         parts = [part for piece in cut for part in _first_apart(piece, self._control_names)]
-        ids = [self._inner.encode(part, add_special_tokens=False).ids for part in parts if part]
+        with _refusals("the tokenizer cannot encode this text", self._where):
+            ids = [self._inner.encode(part, add_special_tokens=False).ids for part in parts if part]
         return [i for i in chain.from_iterable(ids) if i not in self._control]
 
     # --- ids to text ------------------------------------------------------------------------------------------------
@@ -311,18 +316,25 @@ def _whole(text: str) -> Iterator[str]:
 def _parse(text: str, where: object) -> tokenizers.Tokenizer:
     from tokenizers import Tokenizer as Inner
 
-    try:
+    with _refusals("not a tokenizer.json", where):
         inner = Inner.from_str(text)
-    except BaseException as error:  # the library raises plain Exception; a panic in it is not even that
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise DataError("not a tokenizer.json", where=where, got=str(error).splitlines()[0][:80]) from None
     if not inner.get_vocab_size():
         raise DataError("the tokenizer has no vocabulary", where=where)
     inner.no_truncation()
     inner.no_padding()
     inner.encode_special_tokens = True
     return inner
+
+
+@contextmanager
+def _refusals(what: str, where: object) -> Iterator[None]:
+    """The library's errors as ours."""
+    try:
+        yield
+    except BaseException as error:  # it raises plain Exception; a panic in it is not even that
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise DataError(what, where=where, got=str(error).partition("\n")[0][:80]) from None
 
 
 def _refuse_many(vocab: int, where: object = "") -> None:

@@ -218,6 +218,12 @@ def test_a_panic_of_the_library_is_no_crash() -> None:
         Tokenizer(json.dumps(state))
 
 
+def test_a_text_that_the_library_cannot_encode_is_no_crash() -> None:
+    inner = Inner(models.WordLevel({"a": 0, "</s>": 1}, unk_token="[UNK]"))
+    with pytest.raises(DataError, match=r"cannot encode this text: tokenizer\.json .got WordLevel error: Missing"):
+        Tokenizer(inner.to_str()).encode("b")
+
+
 def test_files_that_are_no_tokenizer(tmp_path: Path) -> None:
     for content in (b"", b"{}", b"[1]", b"\xff\xfe", b'{"model": {"type": "BPE"}}'):
         (tmp_path / "t.json").write_bytes(content)
