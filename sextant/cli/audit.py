@@ -34,8 +34,7 @@ def audit(
 
     where = pick_device(device)
     source = str(Path(what) / "config.yaml") if Path(what).is_dir() else what
-    chosen = [] if numerics is None else [f"numerics.kind={numerics}"]
-    run, _ = resolve(source, size, [*chosen, *(settings or [])])
+    run, _ = resolve(source, size, settings or [], {"--numerics": ("numerics.kind", numerics)})
     lines = read(run, run.model.build(run.numerics, device=where, seed=run.seed))
     if as_json:
         facts = {"name": run.name, "numerics": run.numerics.to_dict(), "device": str(where)}

@@ -35,17 +35,17 @@ def train(
     as_json: Annotated[bool, typer.Option("--json", help="The result as one JSON object.")] = False,
 ) -> None:
     """Train a recipe's twin or a run file; Ctrl-C saves, and the same command goes on."""
-    from sextant.cli.runs import resolve
+    from sextant.cli.runs import config_lines, resolve
 
     flags = {
-        "steps": steps, "optimiser.lr": lr, "data.seq_len": seq_len, "batch.rows": batch_size, "data.source": data,
-        "seed": seed, "numerics.kind": dtype,
+        "--steps": ("steps", steps), "--lr": ("optimiser.lr", lr), "--seq-len": ("data.seq_len", seq_len),
+        "--batch-size": ("batch.rows", batch_size), "--data": ("data.source", data), "--seed": ("seed", seed),
+        "--dtype": ("numerics.kind", dtype),
     }
-    chosen = [f"{path}={value}" for path, value in flags.items() if value is not None]
-    run, origins = resolve(what, size, [*chosen, *(settings or [])])
+    run, origins = resolve(what, size, settings or [], flags)
     if print_config:
-        for path, value in run.leaves().items():
-            typer.echo(f"{path} = {value}    # {origins[path]}")
+        for line in config_lines(run, origins):
+            typer.echo(line)
         return
     if dry_run:
         _dry_run(run, device)

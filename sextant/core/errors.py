@@ -9,6 +9,11 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from itertools import accumulate
+from typing import Self
+
+ROOM = 90
+"""Characters for a list of names in an error's line."""
 
 
 class SextantError(Exception):
@@ -29,6 +34,11 @@ class SextantError(Exception):
         if facts:
             text += f" ({', '.join(facts)})"
         return f"{text}. {self.fix}" if self.fix else text
+
+    def within(self, place: str) -> Self:
+        """The same error, its place inside another: ``run.yaml`` before ``model.width``."""
+        where = f"{place} {self.where}".strip()
+        return type(self)(self.what, where=where, got=self.got, expected=self.expected, fix=self.fix)
 
 
 class UsageError(SextantError):
@@ -67,10 +77,16 @@ class Stopped(SextantError):
     exit_code = 75
 
 
+def closest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that this one looks like."""
+    return next(iter(difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)), None)
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
-    """``did you mean 'x'?`` for the closest known name, else the known names themselves."""
+    """``did you mean 'x'?`` for the closest known name, else the known names themselves, as many as fit in a line."""
     known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    close = closest(name, known)
     if close:
-        return f"Did you mean '{close[0]}'?"
-    return f"Known: {', '.join(known[:12])}{', ...' if len(known) > 12 else ''}"
+        return f"Did you mean '{close}'?"
+    fits = sum(end <= ROOM for end in accumulate(len(item) + 2 for item in known)) or 1
+    return f"Known: {', '.join(known[:fits])}{', ...' if len(known) > fits else ''}"

@@ -7,17 +7,19 @@ known one; an error carries the path of the field, such as ``model.layers[3].att
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from sextant.core.errors import UsageError, nearest
-from sextant.core.units import parse_size
+from sextant.core.plain import leaves, read_yaml, write_yaml
+from sextant.core.settings import Setting, assigned, blamed
+
+LARGEST_INT, LARGEST_FLOAT = 2**63 - 1, 3.4e38
+"""What an integer and an fp32 number of a machine can hold."""
 
 
 class Spec(BaseModel):
@@ -32,9 +34,19 @@ class Spec(BaseModel):
             return data
         for key in data:
             if key not in cls.model_fields:
-                hint = nearest(str(key), cls.model_fields)
-                raise PydanticCustomError("unknown_key", "unknown key", {"key": str(key), "hint": hint})
+                fix = nearest(str(key), cls.model_fields)
+                raise PydanticCustomError("unknown_key", "unknown key", {"key": str(key), "fix": fix})
         return {key: _tuples(value) for key, value in data.items()}
+
+    @field_validator("*")
+    @classmethod
+    def _fits_the_machine(cls, value: Any) -> Any:
+        for number in _numbers(value):
+            most = LARGEST_INT if isinstance(number, int) else LARGEST_FLOAT
+            if not -most - 1 <= number <= most:
+                held = "64 bits hold" if isinstance(number, int) else "fp32 holds, at most 3.4e38"
+                raise PydanticCustomError("too_large", "too large", {"expected": f"what {held}"})
+        return value
 
     @classmethod
     def parse(cls, data: Any, source: str = "") -> Self:
@@ -47,6 +59,8 @@ class Spec(BaseModel):
             return cls.model_validate(data)
         except ValidationError as error:
             raise explain(error, data, source) from None
+        except UsageError as error:  # a part has a language of its own, such as layer schedules
+            raise error.within(source) from None
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -63,11 +77,12 @@ class Spec(BaseModel):
 
     def to_yaml(self) -> str:
         """Lossless YAML text; ``Spec.parse(yaml)`` gives an equal record."""
-        return yaml.dump(_share_equal(self.to_dict(), {}), Dumper=yaml.SafeDumper, sort_keys=False, width=120)
+        return write_yaml(self.to_dict())
 
     def replace(self, **changes: Any) -> Self:
-        """A copy with fields replaced, validated again."""
-        return type(self).parse({**{name: getattr(self, name) for name in type(self).model_fields}, **changes})
+        """A copy with fields replaced, validated again; what nobody gave stays a default."""
+        kept = {name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set}
+        return type(self).parse({**kept, **changes})
 
     def override(self, *assignments: str) -> Self:
         """A copy with ``path=value`` assignments applied, as ``--set`` gives them; ``layers[*]`` means every layer.
@@ -75,17 +90,23 @@ class Spec(BaseModel):
         Raises:
             UsageError: no such path, or a value the field does not take.
         """
-        data = self.to_dict()
-        for assignment in assignments:
-            path, equals, text = assignment.partition("=")
-            if not equals:
-                raise UsageError("--set needs path=value", got=repr(assignment))
-            assign(data, path.strip(), parse_value(text))
-        return type(self).parse(data, source="--set")
+        return self.with_settings([Setting.read(assignment) for assignment in assignments])[0]
+
+    def with_settings(self, settings: Sequence[Setting]) -> tuple[Self, dict[str, str]]:
+        """A copy with settings applied, the last one winning; and who set which path.
+
+        Raises:
+            UsageError: no such path, or a value the field does not take, with the source of the setting.
+        """
+        data, said = assigned(self, settings)
+        try:
+            return type(self).parse(data), said
+        except UsageError as error:
+            raise error.within(blamed(error.where, said)) from None
 
     def leaves(self) -> dict[str, Any]:
         """Every scalar by its path: ``{"model.width": 128, ...}``."""
-        return dict(_leaves(self.to_dict(), ""))
+        return dict(leaves(self.to_dict()))
 
 
 def _tuples(value: Any) -> Any:
@@ -93,111 +114,51 @@ def _tuples(value: Any) -> Any:
     return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
 
 
-def parse_value(text: str) -> Any:
-    """The value of a ``--set``: YAML, with sizes such as ``32k`` understood as whole numbers."""
-    try:
-        value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError:
-        return text
-    if isinstance(value, str) and re.fullmatch(r"\d[\d_.]*(k|m|b|t|K|Ki|Mi|Gi)", value):
-        return parse_size(value)
-    return value
+def _numbers(value: Any) -> Iterator[int | float]:
+    """The numbers of a field, also those in tuples."""
+    if isinstance(value, tuple):
+        for item in value:
+            yield from _numbers(item)
+    elif isinstance(value, int | float):
+        yield value
 
 
-def assign(data: Any, path: str, value: Any) -> None:
-    """Set ``path`` in nested plain data; ``[*]`` reaches every element that has the field.
-
-    Raises:
-        UsageError: the path leads nowhere.
-    """
-    steps = [step for step in re.split(r"\.|(\[[^\]]*\])", path) if step]
-    places: list[Any] = [data]
-    for step in steps[:-1]:
-        places = [inner for place in places for inner in _children(place, step, path)]
-    reached = [place for place in places if _has(place, steps[-1])]
-    if not reached:
-        known = sorted({key for place in places if isinstance(place, dict) for key in place})
-        raise UsageError("no such setting", where=path, fix=nearest(steps[-1], known) if known else "")
-    for place in reached:
-        place[steps[-1] if isinstance(place, dict) else _index(steps[-1])] = value
-
-
-def _index(step: str) -> int:
-    return int(step[1:-1])
-
-
-def _has(place: Any, step: str) -> bool:
-    if isinstance(place, dict):
-        return step in place
-    is_index = isinstance(place, list) and re.fullmatch(r"\[-?\d+\]", step)
-    return bool(is_index) and -len(place) <= _index(step) < len(place)
-
-
-def _children(place: Any, step: str, path: str) -> list[Any]:
-    if step == "[*]" and isinstance(place, list):
-        return place
-    if _has(place, step):
-        return [place[step] if isinstance(place, dict) else place[_index(step)]]
-    known = place if isinstance(place, dict) else [f"[0] to [{len(place) - 1}]"] if isinstance(place, list) else []
-    raise UsageError("no such setting", where=path, got=step, fix=nearest(step, [str(key) for key in known]))
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML as people expect it: ``1e-4`` is a number, and a key written twice is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                problem = f"key '{key}' is written twice"
-                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d[\d_]*(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
-
-
-def read_yaml(path: str | Path) -> Any:
-    """Plain data from a YAML or JSON file.
-
-    Raises:
-        UsageError: no such file, not text, or not YAML; with the line where it goes wrong.
-    """
-    try:
-        return yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
-    except OSError as error:
-        raise UsageError("cannot read", where=path, got=error.strerror or error) from None
-    except UnicodeDecodeError as error:
-        raise UsageError("not UTF-8 text", where=path, got=f"byte {error.start}") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise UsageError("not valid YAML", where=line, got=getattr(error, "problem", None) or error) from None
+EXPECTED = {
+    "int_type": "a whole number", "int_from_float": "a whole number", "float_type": "a number",
+    "finite_number": "a finite number", "bool_type": "true or false", "string_type": "text", "tuple_type": "a list",
+    "model_type": "a mapping of keys to values", "model_attributes_type": "a mapping of keys to values",
+    "greater_than": "more than {gt}", "greater_than_equal": "at least {ge}", "less_than": "less than {lt}",
+    "less_than_equal": "at most {le}", "too_short": "at least {min_length} items",
+    "too_long": "at most {max_length} items", "literal_error": "{expected}", "too_large": "{expected}",
+}  # fmt: skip
+"""What a field takes, by pydantic's name of the problem."""
 
 
 def explain(error: ValidationError, data: Any, source: str = "") -> UsageError:
     """The first problem of a validation as one line: path, what was found, what would do."""
     first = error.errors(include_url=False)[0]
-    path = _path(first["loc"], data)
-    context = first.get("ctx", {})
-    if first["type"] == "unknown_key":
-        path, what, got, fix = f"{path}.{context['key']}".lstrip("."), "unknown key", "", context["hint"]
-    elif first["type"] == "union_tag_invalid":
+    kind, context, got, fix = first["type"], first.get("ctx", {}), first["input"], ""
+    path, what = _path(first["loc"], data), first["msg"].removeprefix("Value error, ")
+    expected = EXPECTED.get(kind, "").format(**context)
+    if expected:
+        what, got = "wrong value", _short(got)
+    elif "key" in context:
+        path, got, fix = f"{path}.{context['key']}", context.get("got", ""), context.get("fix", "")
+        expected = context.get("expected", "")
+    elif kind == "union_tag_invalid":
         tags = [tag.strip(" '") for tag in str(context["expected_tags"]).split(",")]
-        path, what, got, fix = f"{path}.kind", "unknown kind", context["tag"], nearest(str(context["tag"]), tags)
-    elif first["type"] == "missing":
-        what, got, fix = "missing key", "", "Give it a value"
-    else:
-        what, got, fix = first["msg"].removeprefix("Value error, "), _short(first["input"]), ""
-    return UsageError(what, where=" ".join(filter(None, [source, path])), got=got, fix=fix)
+        path, what, got = f"{path}.kind", "unknown kind", context["tag"]
+        fix = nearest(str(got), tags)
+    elif kind in ("missing", "union_tag_not_found"):
+        path, what, got, fix = path + ".kind" * (kind != "missing"), "missing key", "", "Give it a value"
+    else:  # a rule between fields, which says their values itself
+        got = "" if isinstance(got, Mapping | BaseModel) else _short(got)
+    where = " ".join(filter(None, [source, path.lstrip(".")]))
+    return UsageError(what, where=where, got=got, expected=expected, fix=fix)
 
 
 def _short(value: Any) -> str:
-    text = json.dumps(value, default=repr)
+    text = json.dumps(value, default=repr, ensure_ascii=False)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -222,24 +183,3 @@ def _step_into(data: Any, step: str | int) -> Any:
         return getattr(data, str(step)) if isinstance(data, BaseModel) else data[step]
     except (KeyError, IndexError, TypeError, AttributeError):
         return None
-
-
-def _leaves(data: Any, path: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(data, dict):
-        for key, value in data.items():
-            yield from _leaves(value, f"{path}.{key}" if path else key)
-    elif isinstance(data, list) and any(isinstance(item, dict | list) for item in data):
-        for index, value in enumerate(data):
-            yield from _leaves(value, f"{path}[{index}]")
-    else:
-        yield path, data
-
-
-def _share_equal(data: Any, seen: dict[str, Any]) -> Any:
-    """The same data with equal dicts made one object, which the YAML writer turns into anchors and references."""
-    if isinstance(data, list):
-        return [_share_equal(item, seen) for item in data]
-    if not isinstance(data, dict):
-        return data
-    shared = {key: _share_equal(value, seen) for key, value in data.items()}
-    return seen.setdefault(json.dumps(data), shared) if len(data) > 1 else shared

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from sextant.core.errors import UsageError
@@ -18,7 +19,7 @@ def parse_size(text: str) -> int:
     """
     match = _SIZE.match(text.strip())
     value = float(match[1].replace("_", "")) * _SCALE[match[2] or ""] if match else 0.5
-    if value != int(value):
+    if not math.isfinite(value) or value != int(value):
         raise UsageError("not a size", got=repr(text), expected="a whole number such as 4096, 32k, 32Ki or 1e9")
     return int(value)
 

@@ -14,7 +14,8 @@ from typing import Any, NoReturn
 
 from sextant.axes.attention import TABLE, Mixer, Pattern
 from sextant.core.errors import UsageError, nearest
-from sextant.core.spec import Spec, parse_value
+from sextant.core.plain import parse_value
+from sextant.core.spec import Spec
 from sextant.core.units import parse_size
 
 AnyLayer = Pattern | Mixer
@@ -121,7 +122,7 @@ class _Reader:
             return self.kinds[kind].parse(settings)
         except UsageError as error:
             self.at = start
-            raise UsageError(error.what, where=self.place(error.where), got=error.got, fix=error.fix) from None
+            raise error.within(f"{self.place()}:") from None
 
     def first_field(self, start: int, kind: str) -> str:
         """The field that a number behind a kind sets."""
@@ -148,9 +149,9 @@ class _Reader:
     def done(self) -> bool:
         return not self.text[self.at :].strip()
 
-    def place(self, inside: str = "") -> str:
-        """``schedule at 4: field``."""
-        return f"schedule at {self.at + 1}" + (f": {inside}" if inside else "")
+    def place(self) -> str:
+        """``schedule at 4``."""
+        return f"schedule at {self.at + 1}"
 
     def refuse(self, what: str, expected: str = "", fix: str = "") -> NoReturn:
         got = self.text[self.at : self.at + 16].strip()

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from sextant.axes.attention import AnyAttention
 from sextant.axes.numerics import FP32, AnyNumerics
 from sextant.core.errors import UsageError
 from sextant.core.spec import Spec
-from sextant.data.spec import Data
+from sextant.data.spec import BOOKS, Data
 from sextant.model.checks import check
 from sextant.model.spec import ModelSpec
 from sextant.model.switch import attending
 from sextant.train.optim import AdamW, AnyOptimiser
 from sextant.train.schedule import AnySchedule, Cosine
+
+Whole = Annotated[int, Field(ge=1)]
 
 
 class Batch(Spec):
@@ -33,7 +36,7 @@ class Batch(Spec):
     rows: int = Field(default=8, ge=1)
     micro_rows: int = Field(default=8, ge=1)
     lanes: int = Field(default=1, ge=1)
-    ramp: tuple[tuple[int, int], ...] = ()
+    ramp: tuple[tuple[Whole, Whole], ...] = ()
 
     @model_validator(mode="after")
     def _whole(self) -> Batch:
@@ -89,7 +92,7 @@ class Run(Spec):
     steps: int = Field(ge=1)
     clip: float | None = Field(default=1.0, gt=0)
     spikes: Spikes = Spikes()
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     compile: bool | None = Field(default=None, description="torch.compile; None: on a GPU only")
     recompute: bool = Field(default=False, description="recompute blocks in backward")
     init_from: str | None = Field(default=None, description="run folder or checkpoint to take weights from")
@@ -103,6 +106,20 @@ class Run(Spec):
     save_every: int = Field(default=100, ge=1)
     keep: int = Field(default=2, ge=2, description="newest checkpoints kept")
     keep_every: int | None = Field(default=None, ge=1, description="multiples of this step are never removed")
+
+    @field_validator("name")
+    @classmethod
+    def _names_a_folder(cls, name: str) -> str:
+        if not name.strip(". ") or not name.isprintable() or set(name) & set("/\\"):
+            raise ValueError("a name is the name of a folder, without / and \\")
+        return name
+
+    @model_validator(mode="after")
+    def _ids_fit(self) -> Run:
+        if self.data.source == BOOKS and self.data.vocab > self.model.vocab:
+            facts = {"key": "data.vocab", "got": self.data.vocab, "expected": f"at most model.vocab {self.model.vocab}"}
+            raise PydanticCustomError("ids_beyond", "tokenizer and model disagree", facts)
+        return self
 
     @model_validator(mode="after")
     def _stages_ascend(self) -> Run:

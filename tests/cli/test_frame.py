@@ -60,7 +60,8 @@ def test_version(sextant: Any):
         (["train"], "error: missing argument 'RECIPE_OR_RUN'. See 'sextant train --help'\n"),
         (["generate", "x", "--temperature", "hot"], "error: invalid value for '--temperature': "),
         (["show", "mai-base"], "error: no such recipe (got mai-base). Did you mean 'mai-base-1'?\n"),
-        (["show", "nano", "--set", "model.widht=3"], "error: no such setting: --set model.widht (got widht). Did you mean 'width'?\n"),
+        (["show", "nano", "--set", "model.widht=3"],
+         "error: no such setting: --set model.widht (got widht). Did you mean 'width'?\n"),
     ],
 )
 def test_misuse_is_one_line_and_exit_2(sextant: Any, arguments: list[str], line: str):

@@ -41,7 +41,7 @@ def test_exit_codes_differ_by_kind_of_trouble():
 def test_nearest():
     assert nearest("windw", ["window", "sinks"]) == "Did you mean 'window'?"
     assert nearest("zzz", ["b", "a"]) == "Known: a, b"
-    assert nearest("zzz", map(str, range(20))).endswith(", ...")
+    assert nearest("zzz", map(str, range(200))).endswith(", ...") and len(nearest("zzz", ["name"] * 99)) < 120
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,10 @@ def test_sizes(text, value):
     assert parse_size(text) == value
 
 
-@pytest.mark.parametrize("text", ["", "k", "1.5", "-3", "1kk", "0x10", "ten", "1.0001k", "3 k", "1e-3", "inf", "nan"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "k", "1.5", "-3", "1kk", "0x10", "ten", "1.0001k", "3 k", "1e-3", "inf", "nan", "1e999", "9" * 400 + "k"],
+)
 def test_what_is_no_size_is_refused(text):
     with pytest.raises(UsageError, match="not a size"):
         parse_size(text)

@@ -49,7 +49,7 @@ def test_names_of_the_caller_come_first():
         ("full+0*full", ["a schedule of 0 layers"]),
         ("9999*(full,full)", ["a schedule of 19,998 layers", "1 to 10,000"]),
         ("99999999999*full*99999999999", ["99,999,999,999 layers"]),
-        ("full,window0", ["schedule at 6: window", "greater than or equal to 1"]),
+        ("full,window0", ["schedule at 6: window", "expected at least 1"]),
         ("full+moba4", ["schedule at 6: top_k", "missing key"]),
         ("window8(sink=2)", ["schedule at 1: sink", "unknown key", "Did you mean 'sinks'?"]),
         ("full7", ["schedule at 1", "full takes no number"]),
@@ -76,7 +76,7 @@ def test_a_schedule_reaches_the_layers_of_a_model():
 
 
 def test_a_schedule_must_fit_the_model():
-    with pytest.raises(UsageError, match=r"does not fit the model: schedule \(got 3 layers, expected 2\)"):
+    with pytest.raises(UsageError, match=r"does not fit the model: --set schedule \(got 3 layers, expected 2\)"):
         model_spec(LAYER, LAYER).override("schedule=3*full")
     with pytest.raises(UsageError, match="schedule at 3"):
         model_spec(LAYER, LAYER).override("schedule=2*fulll")

@@ -464,9 +464,9 @@ def test_impossible_pairs_are_refused_by_name(attention, kv, words):
 
 @pytest.mark.parametrize(("fields", "words"), [
     ({"top_k": 2, "previous": 2}, "previous 2 and the current block exceed top_k 2"),
-    ({"top_k": 0}, "greater than or equal to 1"),
-    ({"top_k": 2, "key_conv": 1}, "greater than or equal to 2"),
-    ({"top_k": 2, "min_len": -1}, "greater than or equal to 0"),
+    ({"top_k": 0}, "expected at least 1"),
+    ({"top_k": 2, "key_conv": 1}, "expected at least 2"),
+    ({"top_k": 2, "min_len": -1}, "expected at least 0"),
 ])
 def test_impossible_fields_are_refused(fields, words):
     with pytest.raises(UsageError, match=words):
