@@ -10,9 +10,11 @@ from sextant.axes.attention import Pattern, Window
 from sextant.axes.capacity import Experts
 from sextant.axes.kv import GQA, ALiBi
 from sextant.axes.stability import MuPInit, SandwichNorm
+from sextant.core.cost import At
 from sextant.core.errors import UsageError
 from sextant.model.spec import Layer, ModelSpec
 
+MOST_PARAMETERS = 10**15
 Problem = tuple[str, str, str]
 """Path of the field, what is wrong, what to do."""
 
@@ -62,10 +64,14 @@ def sinks_need_order(layer: Layer, model: ModelSpec) -> Iterator[Problem]:
 
 @_each_layer
 def window_within_context(layer: Layer, model: ModelSpec) -> Iterator[Problem]:
-    """A window beyond the context is full attention in disguise and would be budgeted as local."""
-    if isinstance(layer.attention, Window) and layer.attention.window > model.context:
-        what = f"window {layer.attention.window} exceeds the context {model.context}"
-        yield "attention.window", what, "Use kind: full, a smaller window or a longer context"
+    """A window and sinks beyond the context are full attention in disguise and would be budgeted as local."""
+    if not isinstance(layer.attention, Window):
+        return
+    window, sinks = layer.attention.window, layer.attention.sinks
+    if window + sinks > model.context:
+        kept = f"window {window}" + (f" and {sinks} sinks exceed" if sinks else " exceeds")
+        fix = "Use kind: full, a smaller window or a longer context"
+        yield "attention.window", f"{kept} the context {model.context}", fix
 
 
 @_each_layer
@@ -103,6 +109,14 @@ def mup_scales_scores(layer: Layer, model: ModelSpec) -> Iterator[Problem]:
         yield "kv.scale", f"init.base_head_dim asks for scores times {wanted:.4g}, not {scale:.4g}", fix
 
 
+def parameters_are_countable(model: ModelSpec) -> Iterator[Problem]:
+    """Sizes that are fine by themselves may multiply to more than a tensor can index."""
+    params = model.training_cost(At(1)).params
+    if params > MOST_PARAMETERS:
+        what = f"{params:.1e} parameters, more than {MOST_PARAMETERS:.0e}"
+        yield "width", what, "Lower widths, counts or the vocabulary"
+
+
 RULES: tuple[Callable[[ModelSpec], Iterator[Problem]], ...] = (
     sinks_need_order,
     window_within_context,
@@ -110,4 +124,5 @@ RULES: tuple[Callable[[ModelSpec], Iterator[Problem]], ...] = (
     pattern_meets_kv,
     balance_meets_router,
     mup_scales_scores,
+    parameters_are_countable,
 )

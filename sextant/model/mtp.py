@@ -52,7 +52,7 @@ class MTP(Spec):
         weight: lambda, which the losses of all modules share equally.
     """
 
-    depth: int = Field(default=1, ge=1)
+    depth: int = Field(default=1, ge=1, le=64)
     layer: Layer | None = None
     order: Literal["embedding_first", "hidden_first"] = "embedding_first"
     hidden: Literal["post_norm", "pre_norm"] = "post_norm"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from sextant.axes.numerics import FP32, Numerics
 from sextant.axes.stability import AnyInit, AnyNorm, NormalInit, RMSNorm
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 __all__ = ["Layer", "ModelSpec", "repeat", "stack"]
 
 T = TypeVar("T")
+LARGEST_SIZE = 2**31 - 1
+"""Of every size, count and seed in a model."""
 
 
 class ModelSpec(Spec):
@@ -58,6 +61,16 @@ class ModelSpec(Spec):
     @classmethod
     def _scheduled(cls, data: Any) -> Any:
         return scheduled(data)
+
+    @model_validator(mode="after")
+    def _countable(self) -> ModelSpec:
+        """Sizes multiply, so the bound on them is tighter than what an integer holds."""
+        for path, value in self.leaves().items():
+            for number in value if isinstance(value, list) else [value]:
+                if isinstance(number, int) and number > LARGEST_SIZE:
+                    context = {"key": path, "got": number, "expected": f"at most {LARGEST_SIZE:,}"}
+                    raise PydanticCustomError("too_large_inside", "wrong value", context)
+        return self
 
     def build(
         self, numerics: Numerics | None = None, *, device: torch.device | str = "cpu", seed: int = 0

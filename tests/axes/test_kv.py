@@ -120,6 +120,8 @@ def test_scale_is_what_scores_are_multiplied_by():
         ({"heads": 4, "kv_heads": 3, "head_dim": 8}, "kv_heads 3 must divide heads 4"),
         ({"heads": 4, "kv_heads": 2, "head_dim": 7}, "rotary width 7 must be even"),
         ({"heads": 4, "kv_heads": 2, "head_dim": 6, "position": RoPE(fraction=0.5)}, "rotary width 3 must be even"),
+        ({"heads": 4, "kv_heads": 2, "head_dim": 16, "position": RoPE(fraction=0.01)}, "width 0 .* 0.01 of 16"),
+        ({"heads": 4, "kv_heads": 2, "head_dim": 8, "clip": 1e300}, "clip .* expected what fp32 holds"),
         ({"heads": 0, "kv_heads": 1, "head_dim": 8}, "heads"),
         ({"heads": 4, "kv_heads": 2, "head_dim": 8, "scale": -1.0}, "scale"),
     ],

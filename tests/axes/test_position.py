@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sextant.axes.attention import Full
 from sextant.axes.kv import GQA, ALiBi, LinearScaling, Llama3Scaling, NoPE, RoPE, YaRNScaling
+from sextant.core.errors import UsageError
 from sextant.core.stream import Stream
 
 
@@ -177,3 +178,13 @@ def test_yarn_temperature_variants():
     assert magnitude(factor=40.0, attention_factor=1.25) == 1.25
     assert magnitude(factor=1.0) == 1.0
     assert frequencies(RoPE(scaling=YaRNScaling(factor=1.0, original=64)), 8) == pytest.approx(frequencies(RoPE(), 8))
+
+
+@pytest.mark.parametrize(("fraction", "turning"), [(0.3, 4), (0.125, 2), (0.5, 8), (1.0, 16)])
+def test_a_fraction_turns_whole_channels(fraction, turning):
+    assert RoPE(fraction=fraction).rotary_dim(16) == turning
+
+
+def test_yarn_limits_in_order():
+    with pytest.raises(UsageError, match="beta_fast 1 must not be below beta_slow 32"):
+        YaRNScaling.parse({"factor": 4.0, "original": 64, "beta_fast": 1.0, "beta_slow": 32.0})

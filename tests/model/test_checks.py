@@ -43,6 +43,10 @@ BROKEN = {
         GOOD.replace(attention=Window(window=4097)),
         ["model.layers[1].attention.window", "window 4097 exceeds the context 4096", "Use kind: full"],
     ),
+    "parameters_are_countable": (
+        GOOD.replace(feed_forward=Experts(experts=2**20, hidden=2**31 - 1)),
+        ["model.width", "parameters, more than 1e+15", "Lower widths"],
+    ),
     "pattern_meets_kv": (
         GOOD.replace(attention=MoBA(block=4097, top_k=2)),
         ["model.layers[1].attention.block", "block 4097 exceeds the context 4096", "Use a smaller block"],
@@ -78,6 +82,10 @@ def test_broken_rule_is_refused_by_name(rule):
 
 
 CLASHES = {
+    "a window and sinks beyond the context": (
+        GOOD.replace(attention=Window(window=4095, sinks=2)),
+        ["model.layers[1].attention.window", "window 4095 and 2 sinks exceed the context 4096"],
+    ),
     "a block mean has no distance": (
         GOOD.replace(attention=MoBA(block=4, top_k=2), kv=GOOD.kv.replace(position=ALiBi())),
         ["model.layers[1].kv.position", "moba cannot rank blocks by ALiBi", "Use rope or nope"],
@@ -204,7 +212,7 @@ def test_good_neighbours_pass():
     """Each field on the allowed side of its rule."""
     check(
         model_spec(
-            GOOD.replace(attention=Window(window=4096, sinks=2)),
+            GOOD.replace(attention=Window(window=4094, sinks=2)),
             GOOD.replace(attention=Window(window=4), kv=GOOD.kv.replace(position=ALiBi())),
             GOOD.replace(attention=MoBA(block=4096, top_k=2)),
             GOOD.replace(attention=Full(), residual=SandwichNorm(attention_gain=0.0)),

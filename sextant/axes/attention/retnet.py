@@ -44,8 +44,8 @@ class RetNet(Mixer):
 
     @model_validator(mode="after")
     def _fits(self) -> RetNet:
-        if isinstance(self.position, RoPE) and self.position.rotary_dim(self.head_dim) % 2:
-            raise ValueError(f"rotary width {self.position.rotary_dim(self.head_dim)} must be even")
+        if isinstance(self.position, RoPE):
+            self.position.rotary_dim(self.head_dim)
         return self
 
     def build(self, width: int, numerics: Numerics) -> RetNetModule:

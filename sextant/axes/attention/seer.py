@@ -161,8 +161,11 @@ class GatedPattern(SelectingPattern):
         if not isinstance(kv, GQA):
             what = f"{kind} needs each head's queries and keys before their position code, which latents do not give"
             yield "kv", what, "Use kv gqa"
-        elif isinstance(kv.position, RoPE) and kv.position.rotary_dim(self.shape(kv).width) % 2:
-            yield "attention.width", f"{kind}'s gate turns an odd number of channels", "Use an even width"
+        elif isinstance(kv.position, RoPE):
+            try:
+                kv.position.rotary_dim(self.shape(kv).width)
+            except ValueError:
+                yield "attention.width", f"{kind}'s gate turns an odd number of channels or none", "Use an even width"
 
     def state(self, kv: KV) -> JointSpec:
         shape, row = self.shape(kv), kv.row()

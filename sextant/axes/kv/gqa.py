@@ -47,8 +47,8 @@ class GQA(KV):
     def _fits(self) -> GQA:
         if self.heads % self.kv_heads:
             raise ValueError(f"kv_heads {self.kv_heads} must divide heads {self.heads}")
-        if isinstance(self.position, RoPE) and self.position.rotary_dim(self.head_dim) % 2:
-            raise ValueError(f"rotary width {self.position.rotary_dim(self.head_dim)} must be even")
+        if isinstance(self.position, RoPE):
+            self.position.rotary_dim(self.head_dim)
         return self
 
     @property

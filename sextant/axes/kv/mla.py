@@ -54,8 +54,7 @@ class MLA(KV):
 
     @model_validator(mode="after")
     def _fits(self) -> MLA:
-        if self.position.rotary_dim(self.rope_dim) % 2:
-            raise ValueError(f"rotary width {self.position.rotary_dim(self.rope_dim)} must be even")
+        self.position.rotary_dim(self.rope_dim)
         return self
 
     @property

@@ -68,6 +68,12 @@ class YaRNScaling(Spec):
     mscale_all_dim: float | None = None
     truncate: bool = True
 
+    @model_validator(mode="after")
+    def _ordered(self) -> YaRNScaling:
+        if self.beta_fast < self.beta_slow:
+            raise ValueError(f"beta_fast {self.beta_fast:g} must not be below beta_slow {self.beta_slow:g}")
+        return self
+
     @property
     def score_scale(self) -> float:
         """What DeepSeek multiplies whole scores by, rotary or not: ``(0.1 mscale_all_dim ln(factor) + 1)^2``."""
@@ -105,7 +111,8 @@ class RoPE(Spec):
     """Rotary position code on the first ``fraction`` of the head width.
 
     ``layout`` says which channels make a pair: ``half`` pairs i with i + n/2, ``interleaved`` 2i with 2i + 1. They are
-    different weights. The exponent uses the rotary width, also when it is partial.
+    different weights. The exponent uses the rotary width, also when it is partial. That width is the whole part of
+    ``fraction`` times the head width: 0.3 of 16 turns 4 channels. It must be even and not 0.
     """
 
     kind: Literal["rope"] = "rope"
@@ -118,8 +125,16 @@ class RoPE(Spec):
         return Rotary(self, head_dim)
 
     def rotary_dim(self, head_dim: int) -> int:
-        """Channels that turn."""
-        return int(head_dim * self.fraction)
+        """Channels that turn.
+
+        Raises:
+            ValueError: none, or an odd number.
+        """
+        turning = int(head_dim * self.fraction)
+        if turning < 2 or turning % 2:
+            part = f"{self.fraction:g} of {head_dim}"
+            raise ValueError(f"rotary width {turning} must be even and at least 2, here it is {part}")
+        return turning
 
 
 class NoPE(Spec):

@@ -304,5 +304,5 @@ def test_rows_pool_what_is_there():
 
 def test_an_odd_rotary_width_is_refused():
     layer = Layer(attention=SeerR(block=4, width=5, rule=RULE), kv=PLAIN.replace(position=RoPE()), feed_forward=DENSE)
-    with pytest.raises(UsageError, match=r"odd number of channels: model\.layers\[0\]\.attention\.width"):
+    with pytest.raises(UsageError, match=r"odd number of channels or none: model\.layers\[0\]\.attention\.width"):
         check(model_spec(layer))
