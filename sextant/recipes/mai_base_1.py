@@ -15,6 +15,7 @@ from sextant.axes.numerics import FP8Delayed
 from sextant.axes.routing import Auxiliary, SoftmaxTopK
 from sextant.axes.stability import NormalInit, RMSNorm, SandwichNorm
 from sextant.core.cost import At
+from sextant.core.errors import UsageError
 from sextant.model.spec import Layer, ModelSpec, repeat, stack
 from sextant.recipes.base import paper_run, twin_run
 from sextant.train.optim import AdamW, Decay
@@ -54,17 +55,25 @@ def _nearest(value: float, unit: int) -> int:
     return unit * round(value / unit)
 
 
+def _whole_periods(depth: int) -> None:
+    if depth < PERIOD or depth % PERIOD:
+        raise UsageError("the ladder has no such rung", where="depth", got=depth, expected=f"a multiple of {PERIOD}")
+
+
 def ladder(depth: int, round_to: int = 128) -> Run:
     """A rung of the depth ladder: everything follows from L, a multiple of 6.
 
     D = 256 L / 3, heads near L in eights, F = D, latent D / 2 and experts 3/2 of that, both rounded to ``round_to``
     (1,024 gives the two figures printed for 78 layers); head width 128, 8 KV heads, 8 of 512 experts.
+
+    Raises:
+        UsageError: another depth.
     """
+    _whole_periods(depth)
     width = 256 * depth // 3
     latent, hidden = _nearest(width / 2, round_to), _nearest(width * 3 / 4, round_to)
-    name = "mai-base-1" if depth == DEPTHS[-1] else f"mai-base-1-l{depth}"
     model = ModelSpec(
-        name=name, vocab=200_019, width=width, context=16_384, tied=True,
+        name=f"mai-base-1-l{depth}", vocab=200_019, width=width, context=16_384, tied=True,
         layers=layers(
             depth, heads=8 * round(depth / 8), kv_heads=8, head_dim=128, window=512, dense=width, experts=512, top_k=8,
             latent=latent, hidden=hidden, dropout=0.15,
@@ -77,7 +86,8 @@ def ladder(depth: int, round_to: int = 128) -> Run:
 
 def paper() -> Run:
     """78 layers: 962 B parameters, 34.7 B active."""
-    return ladder(DEPTHS[-1], round_to=1024)
+    run = ladder(DEPTHS[-1], round_to=1024)
+    return run.replace(name="mai-base-1", model=run.model.replace(name="mai-base-1"))
 
 
 def twin() -> Run:
@@ -114,7 +124,12 @@ def dense_control() -> Run:
 
 
 def twin_at(depth: int) -> Run:
-    """A rung of the CPU ladder: D = 64 L / 3, heads of 32."""
+    """A rung of the CPU ladder: D = 64 L / 3, heads of 32; L a multiple of 6.
+
+    Raises:
+        UsageError: another depth.
+    """
+    _whole_periods(depth)
     width = 64 * depth // 3
     model = ModelSpec(
         name=f"mai-base-1-l{depth}-twin", vocab=4096, width=width, context=512, tied=True,

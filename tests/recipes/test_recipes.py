@@ -8,7 +8,9 @@ from sextant import recipes
 from sextant.axes.attention import Full
 from sextant.axes.stability import Role, roles
 from sextant.core.cost import At
+from sextant.core.errors import UsageError
 from sextant.core.stream import Stream
+from sextant.recipes import mai_base_1
 from sextant.train.loss import Balance, micro_loss
 from sextant.train.run import Run, check_run
 
@@ -111,6 +113,16 @@ def test_every_ladder_rung_follows_the_rule():
         assert model.layers[-1].attention.kind == "full" and model.layers[-1].kv.position.kind == "nope"
         assert model.layers[-1].feed_forward.kind == "latent_experts"
         assert sum(layer.attention.kind == "full" for layer in model.layers) == depth // 6
+
+
+def test_the_ladder_has_whole_periods_only():
+    """At 78 layers the rule gives another model than the printed one, so another name."""
+    for rung in (mai_base_1.ladder, mai_base_1.twin_at):
+        with pytest.raises(UsageError, match=r"no such rung: depth \(got 13, expected a multiple of 6\)"):
+            rung(13)
+    last, paper = mai_base_1.ladder(78), mai_base_1.paper()
+    assert last.name == last.model.name == "mai-base-1-l78" and last.model.replace(name="mai-base-1") != paper.model
+    assert paper.name == paper.model.name == "mai-base-1"
 
 
 HEAD_ONLY = {"deepseek-v2-lite": 2.45, "deepseek-v2": 20.85, "deepseek-v3": 36.63}
