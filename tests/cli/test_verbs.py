@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from sextant import recipes
 from sextant.cli.list import tables
 from sextant.cli.show import describe, parts, pattern
 from sextant.core.cost import At, Cost
+from sextant.core.errors import UsageError
 from sextant.data.tokenizer import Tokenizer
 from sextant.train.run import Run
 
@@ -105,10 +107,70 @@ def test_show_yaml_is_a_run_file_that_show_reads(sextant: Any, tmp_path: Path):
     assert again == json.loads(json.dumps(describe(run, run.model.context)))
 
 
-def test_show_schema_accepts_what_it_describes(sextant: Any):
-    schema = json.loads(sextant("show", "--schema")[1])
-    assert set(schema["required"]) <= set(recipes.get("nano").twin().to_dict())
-    assert "Layer" in schema["$defs"]
+TYPES = {"object": dict, "array": list, "string": str, "integer": int, "number": int | float, "null": type(None)}
+
+
+def problems(data: Any, schema: dict[str, Any], root: dict[str, Any], path: str = "") -> list[str]:
+    """Where data break a JSON schema, of the words that pydantic writes."""
+    if "$ref" in schema:
+        return problems(data, root["$defs"][schema["$ref"].rpartition("/")[2]], root, path)
+    if "discriminator" in schema:
+        kinds = schema["discriminator"]["mapping"]
+        known = isinstance(data, dict) and data.get("kind") in kinds
+        return problems(data, {"$ref": kinds[data["kind"]]}, root, path) if known else [f"{path}.kind"]
+    if "anyOf" in schema:
+        found = [problems(data, option, root, path) for option in schema["anyOf"]]
+        return [] if [] in found else max(found, key=lambda lines: len(lines[0]))
+    is_type = isinstance(data, bool) if schema["type"] == "boolean" else isinstance(data, TYPES[schema["type"]])
+    if not is_type or data not in schema.get("enum", [data]) or data != schema.get("const", data):
+        return [path]
+    if isinstance(data, dict):
+        known = schema["properties"]
+        wrong = [f"{path}.{key}" for key in {*schema.get("required", ())} - {*data} | {*data} - {*known}]
+        inside = [(data[key], known[key], f"{path}.{key}") for key in data if key in known]
+        return wrong + [line for value, of, where in inside for line in problems(value, of, root, where)]
+    if isinstance(data, list):
+        inner = [*schema.get("prefixItems", ()), *[schema.get("items")] * len(data)]
+        if not schema.get("minItems", 0) <= len(data) <= schema.get("maxItems", len(data)):
+            return [path]
+        return [line for at, item in enumerate(data) for line in problems(item, inner[at], root, f"{path}[{at}]")]
+    low, high = schema.get("minimum", data), schema.get("maximum", data)
+    return [path] * (isinstance(data, int | float) and not low <= data <= high)
+
+
+@pytest.fixture(scope="module")
+def schema() -> dict[str, Any]:
+    return Run.model_json_schema()
+
+
+def test_show_schema_is_the_one_of_run_files(sextant: Any, schema: dict[str, Any]):
+    assert json.loads(sextant("show", "--schema")[1]) == schema
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_schema_accepts_every_recipe(schema: dict[str, Any], name: str):
+    for run in (recipes.get(name).paper(), recipes.get(name).twin()):
+        assert problems(run.to_dict(), schema, schema) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (".steps", "ten"), (".steps", 0), (".stpes", 3), (".batch.rows", 1.5), (".batch.ramp[0]", [1, 2, 3]),
+        (".optimiser.kind", "sgd"), (".model.layers[1].attention.kind", "windw"), (".model.layers[1].kv.heads", 0),
+        (".model.layers[1].attention.windw", 4), (".model.layers[1].kv.position.layout", "whole"), (".clip", "much"),
+    ],
+)  # fmt: skip
+def test_schema_refuses_what_a_run_refuses(schema: dict[str, Any], path: str, value: Any):
+    data = recipes.get("nano").twin().to_dict() | {"batch": {"rows": 8, "ramp": [[1, 2]]}}
+    *steps, last = [int(step) if step.isdigit() else step for step in re.findall(r"\w+", path)]
+    place: Any = data
+    for step in steps:
+        place = place[step]
+    place[last] = value
+    assert problems(data, schema, schema) == [path]
+    with pytest.raises(UsageError):
+        Run.parse(data)
 
 
 def test_show_without_a_recipe_is_misuse(sextant: Any):
