@@ -430,14 +430,20 @@ def require_compatible(manifest: Mapping[str, Any], identity: Mapping[str, Any])
             raise CheckpointError(
                 f"checkpoint has another {field}",
                 where=where,
-                got=saved[field],
-                expected=identity[field],
+                got=_short(saved[field]),
+                expected=_short(identity[field]),
                 fix="Resume with what wrote it, or start a new run",
             )
     if "tensors" in identity:
         shapes = {name: record["shape"] for name, record in manifest["tensors"].get("model", {}).items()}
         _require_shapes(shapes, identity["tensors"], where)
     return [*_unknown(saved, identity), *_changes(saved, identity, where)]
+
+
+def _short(value: object) -> str:
+    """A digest by its first 12 characters, a name whole."""
+    text = str(value)
+    return text[:12] if re.fullmatch("[0-9a-f]{64}", text) else text
 
 
 def _unknown(saved: Mapping[str, Any], identity: Mapping[str, Any]) -> list[str]:

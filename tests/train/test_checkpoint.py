@@ -521,6 +521,12 @@ def test_what_must_agree_is_an_error_that_names_it(tmp_path, field):
     assert caught.value.exit_code == 4
 
 
+def test_digests_that_differ_are_shown_short(tmp_path):
+    manifest = checkpoint.verify(save(tmp_path, 1, identity={"tokenizer": "a" * 64}))
+    with pytest.raises(CheckpointError, match=r"\(got a{12}, expected b{12}\)"):
+        checkpoint.require_compatible(manifest, {"tokenizer": "b" * 64})
+
+
 def test_an_unrecorded_tokenizer_is_said(tmp_path):
     manifest = checkpoint.verify(save(tmp_path, 1, identity={"recipe": "twin"}))
     assert checkpoint.require_compatible(manifest, IDENTITY) == ["checkpoint does not record its tokenizer"]
