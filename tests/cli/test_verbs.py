@@ -256,6 +256,11 @@ def test_devices_are_read_alike_by_every_verb(sextant: Any, verb: tuple[str, ...
     assert sextant(*verb, "--device", device) == (2, "", line)
 
 
+def test_a_gpu_that_is_not_here_is_a_fault_of_the_machine(sextant: Any):
+    line = "error: no CUDA device here: --device (got cuda:300). Use --device cpu\n"
+    assert sextant("generate", "nowhere", "--prompt", "x", "--device", "cuda:300") == (6, "", line)
+
+
 def test_chat_answers_and_obeys(sextant: Any, trained: Path, monkeypatch: pytest.MonkeyPatch):
     typed = "The \n^C\n/stats\n/params temperature=0\n/params top_p=7\n/reset\nAgain\n/what\n/quit\nnever read\n"
     monkeypatch.setattr("sys.stdin", Lines(typed))
