@@ -20,12 +20,13 @@ def demo(
     """Train the CPU twin of MAI-Base-1 on the bundled books, then let it write."""
     from sextant import recipes
     from sextant.cli.train import run_training
+    from sextant.core.settings import Setting
     from sextant.serve.generate import Generator, load
     from sextant.serve.sampling import Sampling
 
     run = recipes.get("mai-base-1").twin().replace(prompt=PROMPT)
     if steps is not None:
-        run = run.override(f"steps={steps}")
+        run, _ = run.with_settings([Setting("steps", str(steps), "--steps")])
     result = run_training(run, out, "cpu")
     model, tokenizer, _ = load(out)
     text = "".join(Generator(model, tokenizer).stream(PROMPT, Sampling(temperature=0.7, max_tokens=120, seed=0)))
