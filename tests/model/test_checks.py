@@ -43,10 +43,6 @@ BROKEN = {
         GOOD.replace(attention=Window(window=4097)),
         ["model.layers[1].attention.window", "window 4097 exceeds the context 4096", "Use kind: full"],
     ),
-    "parameters_are_countable": (
-        GOOD.replace(feed_forward=Experts(experts=2**20, hidden=2**31 - 1)),
-        ["model.width", "parameters, more than 1e+15", "Lower widths"],
-    ),
     "pattern_meets_kv": (
         GOOD.replace(attention=MoBA(block=4097, top_k=2)),
         ["model.layers[1].attention.block", "block 4097 exceeds the context 4096", "Use a smaller block"],
@@ -206,6 +202,12 @@ def test_clash_of_pattern_and_kv_is_refused(case):
     with pytest.raises(UsageError) as caught:
         check(model_spec(GOOD, layer))
     assert [word for word in words if word not in str(caught.value)] == []
+
+
+def test_sizes_that_multiply_to_nonsense_are_refused():
+    huge = GOOD.replace(feed_forward=Experts(experts=2**20, hidden=2**31 - 1))
+    with pytest.raises(UsageError, match=r"too many parameters: model \(got 6.*e\+1., expected at most 1e\+15\)"):
+        check(model_spec(GOOD, huge))
 
 
 def test_good_neighbours_pass():
