@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sextant.cli.frame import verb
+
 if TYPE_CHECKING:
     from rich.table import Table as View
 
     from sextant.axes.numerics.audit import Line
 
-app = typer.Typer()
+app = verb()
 
 
 @app.command()

@@ -5,8 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-import typer
-
+from sextant.cli.frame import verb
 from sextant.cli.generate import stats_line
 from sextant.cli.sampling import (
     Device,
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
     from sextant.serve.generate import Generator
     from sextant.serve.sampling import Sampling
 
-app = typer.Typer()
+app = verb()
 
 HELP = "/stats numbers of the last answer, /params settings (/params temperature=0.5 changes), /reset, /quit"
 

@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer()
+from sextant.cli.frame import verb
+
+app = verb()
 
 PROMPT = "ROMEO.\n"
 

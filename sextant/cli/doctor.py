@@ -13,8 +13,9 @@ from typing import Annotated, Any
 import typer
 
 import sextant
+from sextant.cli.frame import verb
 
-app = typer.Typer()
+app = verb()
 
 EXTRAS = {
     "hf": ("transformers", "import and export of transformers weights"),

@@ -48,10 +48,10 @@ def report(error: Exception, debug: bool) -> int:
     if debug:
         traceback.print_exception(error)
     if known is None:
-        _print_error(f"internal error: {type(error).__name__}: {_first_line(error)}. {_crash_file(error)}")
+        _print(f"error: internal error: {type(error).__name__}: {_first_line(error)}. {_crash_file(error)}")
         return 1
     if known.line():
-        _print_error(known.line())
+        _print(known.label + known.line())
     return known.exit_code
 
 
@@ -96,16 +96,23 @@ def _first_line(error: Exception) -> str:
 
 
 def _crash_file(error: Exception) -> str:
+    """Written into the logs of the run folder that the error came through, if it came through one."""
+    logs = getattr(error, "logs", None)
     try:
-        with tempfile.NamedTemporaryFile("w", prefix="sextant-crash-", suffix=".txt", delete=False) as file:
+        with tempfile.NamedTemporaryFile("w", prefix="sextant-crash-", suffix=".txt", dir=logs, delete=False) as file:
             traceback.print_exception(error, file=file)
         return f"Traceback in {file.name}"
     except OSError:
         return "Run it again with --debug to see the traceback"
 
 
-def _print_error(line: str) -> None:
-    typer.echo(f"error: {' '.join(line.split())}", err=True)
+def _print(line: str) -> None:
+    typer.echo(" ".join(line.split()), err=True)
+
+
+def verb(**options: Any) -> typer.Typer:
+    """The app of a verb: plain help, which reads at 80 columns, and no options about shells."""
+    return typer.Typer(add_completion=False, rich_markup_mode=None, **options)
 
 
 def console(stderr: bool = False) -> Console:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sextant.cli.frame import verb
 from sextant.cli.sampling import (
     Device,
     Dtype,
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from sextant.serve.generate import Generator, Stats
     from sextant.serve.sampling import Sampling
 
-app = typer.Typer()
+app = verb()
 
 
 @app.command()

@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(no_args_is_help=True)
+from sextant.cli.frame import verb
+
+app = verb(no_args_is_help=True)
 
 
 @app.callback()

@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sextant.cli.frame import verb
+
 if TYPE_CHECKING:
     from rich.table import Table as View
 
     from sextant.core.table import Row, Table
 
-app = typer.Typer()
+app = verb()
 
 EVERY_COLUMN = 100
 """Terminals at least this wide also see the source beside each line."""

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sextant.cli.frame import verb
+
 if TYPE_CHECKING:
     from rich.table import Table as View
 
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
     from sextant.model.transformer import Transformer
     from sextant.train.run import Run
 
-app = typer.Typer()
+app = verb()
 
 LEGEND = (
     "U: past blocks that the queries of one key head read; even: the same by chance",

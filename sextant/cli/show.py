@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sextant.cli.frame import verb
+
 if TYPE_CHECKING:
     from rich.table import Table as View
 
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
     from sextant.model.spec import Layer, ModelSpec
     from sextant.train.run import Run
 
-app = typer.Typer()
+app = verb()
 
 ACTIVE = "what one token meets: embedding and head included, of the experts only the chosen"
 

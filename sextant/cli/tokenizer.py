@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sextant.cli.frame import verb
+
 if TYPE_CHECKING:
     from sextant.data.tokenizer import Tokenizer
 
-app = typer.Typer(
-    help="Train a tokenizer, or look at one.", no_args_is_help=True, add_completion=False, rich_markup_mode=None,
+app = verb(
+    help="Train a tokenizer, or look at one.", no_args_is_help=True
 )
 
 

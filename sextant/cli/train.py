@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sextant.cli.frame import verb
+
 if TYPE_CHECKING:
     from sextant.train.evaluate import HeldOut
     from sextant.train.run import Run
 
-app = typer.Typer()
+app = verb()
 
 
 @app.command()
@@ -29,8 +32,8 @@ def train(
     seed: Annotated[int | None, typer.Option(help="Seed of weights, data order and dropout.")] = None,
     dtype: Annotated[str | None, typer.Option(help="fp32 or bf16.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 or auto.")] = "auto",
-    print_config: Annotated[bool, typer.Option(help="Print every setting and where it comes from, then stop.")] = False,
-    dry_run: Annotated[bool, typer.Option(help="Check everything, build on the meta device, then stop.")] = False,
+    print_config: Annotated[bool, typer.Option("--print-config", help="Print all settings and their origins, then stop.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check all that a start checks, then stop.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only errors and the result.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The result as one JSON object.")] = False,
 ) -> None:
@@ -77,7 +80,7 @@ def run_training(run: Run, out: Path | None, device: str, quiet: bool = False) -
                 draw(folder.path)
             except Exception as error:  # pictures must not hide how the training ended
                 to_stderr(f"warning: no plots: {type(error).__name__}: {error}")
-        say(f"next: sextant generate {folder.path} --prompt '{run.prompt}'")
+        say(f"next: sextant generate {shlex.quote(str(folder.path))} --prompt {shlex.quote(run.prompt.strip())}")
         return result
 
 
@@ -86,15 +89,18 @@ def _dry_run(run: Run, device: str) -> None:
     from sextant.cli.runs import pick_device
     from sextant.core import units
     from sextant.core.cost import At
+    from sextant.data.loader import Loader
     from sextant.data.prepare import opened
     from sextant.train.optim import train_only
-    from sextant.train.run import check_run, check_vocab
+    from sextant.train.run import check_prompt, check_run, check_vocab
     from sextant.train.start import begin_from
 
     pick_device(device)
     check_run(run)
-    tokenizer = opened(run.data)[2]
+    shards, _, tokenizer = opened(run.data)
+    Loader(shards, run.data).require(run.rows_from(0))
     check_vocab(run, tokenizer.vocab_size)
+    check_prompt(run, len(tokenizer.encode(run.prompt)))
     model = run.model.build(run.numerics, device="meta")
     if run.train_only is not None:
         train_only(model, run.train_only)

@@ -17,9 +17,10 @@ ROOM = 90
 
 
 class SextantError(Exception):
-    """Base of every error with a cure. ``exit_code`` is what the command line returns."""
+    """Base of every error with a cure. ``exit_code`` is what the command line returns, ``label`` begins its line."""
 
     exit_code = 1
+    label = "error: "
 
     def __init__(self, what: str, *, where: object = "", got: object = "", expected: object = "", fix: str = ""):
         self.what, self.where, self.got, self.expected, self.fix = what, str(where), str(got), str(expected), fix
@@ -75,6 +76,7 @@ class Stopped(SextantError):
     """Training was asked to stop and has saved; the same command goes on from there."""
 
     exit_code = 75
+    label = ""
 
 
 def closest(name: str, known: Iterable[str]) -> str | None:

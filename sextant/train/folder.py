@@ -67,6 +67,8 @@ class RunFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is not None:
+            setattr(error, "logs", self.path / "logs")  # noqa: B010 - where its traceback belongs, if it is a bug
         self.close()
 
     def close(self) -> None:

@@ -128,6 +128,10 @@ class Run(Spec):
             raise ValueError(f"stages must end one after another and before the last step, here at {ends}")
         return self
 
+    def rows_from(self, step: int) -> int:
+        """Rows that optimiser step ``step`` and all after it read."""
+        return sum(map(self.batch.at, range(step, self.steps)))
+
     def stage_at(self, step: int) -> int:
         """Stages that are over before optimiser step ``step``."""
         return sum(step >= round(stage.until * self.steps) for stage in self.stages)
@@ -150,7 +154,7 @@ class Run(Spec):
 RESUMABLE = (
     "name", "steps", "clip", "spikes", "compile", "recompute", "log_every", "eval_every", "eval_tokens",
     "sample_every", "prompt", "save_every", "keep", "keep_every", "schedule", "optimiser.lr", "optimiser.betas",
-    "optimiser.decay", "optimiser.momentum", "optimiser.eps", "batch",
+    "optimiser.decay", "optimiser.momentum", "optimiser.eps", "optimiser.adamw", "batch",
 )
 """Settings that may change when a run is resumed; anything else makes it another run."""
 
@@ -182,6 +186,19 @@ def check_vocab(run: Run, vocab: int) -> None:
             "tokenizer and model disagree",
             where="model.vocab", got=run.model.vocab, expected=f"at least the tokenizer's {vocab}",
             fix=f"Set model.vocab={vocab} or prepare the data with a smaller vocabulary",
+        )
+
+
+def check_prompt(run: Run, tokens: int) -> None:
+    """Refuse a prompt of samples that fills the context.
+
+    Raises:
+        UsageError: ``prompt`` takes as many ``tokens`` as the context holds.
+    """
+    if tokens >= run.model.context:
+        raise UsageError(
+            "the prompt of the samples fills the context", where="prompt", got=f"{tokens} tokens",
+            expected=f"below model.context {run.model.context}", fix="Shorten it",
         )
 
 

@@ -36,7 +36,7 @@ class Cosine(_Schedule):
 
 
 class WSD(_Schedule):
-    """Warm-up, stable, decay: the peak until the last ``decay`` of the steps after warm-up, then linear to ``final``."""
+    """The peak until the last ``decay`` of the steps after warm-up, then linear to ``final``."""
 
     kind: Literal["wsd"] = "wsd"
     decay: float = Field(default=0.2, gt=0, le=1)
@@ -47,7 +47,7 @@ class WSD(_Schedule):
 
 
 class Steps(_Schedule):
-    """The peak times one more ``factor`` at each of the shares ``at`` of the steps after warm-up, never below ``final``."""
+    """The peak times one more ``factor_each`` at shares ``at`` of the steps after warm-up, never below ``final``."""
 
     kind: Literal["steps"] = "steps"
     at: tuple[float, ...] = (0.8, 0.9)

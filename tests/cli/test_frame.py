@@ -15,7 +15,8 @@ import typer
 from typer.main import get_command
 
 from sextant.cli import VERBS, frame
-from sextant.core.errors import CheckpointError
+from sextant.core.errors import CheckpointError, Stopped
+from sextant.train.folder import RunFolder
 
 COMMAND = [sys.executable, "-m", "sextant"]
 
@@ -104,6 +105,23 @@ def test_a_bug_leaves_a_crash_file_and_exit_1(
     files = list(tmp_path.glob("sextant-crash-*.txt"))
     assert len(files) == 1 and str(files[0]) in err and err.count("\n") == 1
     assert "ZeroDivisionError: by nothing" in files[0].read_text()
+
+
+def test_a_bug_in_a_run_leaves_its_crash_file_there(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    def fail() -> None:
+        with RunFolder(tmp_path / "run"):
+            raise ZeroDivisionError("by nothing")
+
+    assert frame.run(verb(fail), [], debug=False) == 1
+    assert len(list((tmp_path / "run" / "logs").glob("sextant-crash-*.txt"))) == 1
+
+
+def test_a_stop_after_saving_is_no_error(capsys: pytest.CaptureFixture[str]):
+    def stop() -> None:
+        raise Stopped("stopped after step 3, saved")
+
+    assert frame.run(verb(stop), [], debug=False) == 75
+    assert capsys.readouterr().err == "stopped after step 3, saved\n"
 
 
 @pytest.mark.parametrize(
