@@ -32,7 +32,7 @@ def train(
     seed: Annotated[int | None, typer.Option(help="Seed of weights, data order and dropout.")] = None,
     dtype: Annotated[str | None, typer.Option(help="fp32 or bf16.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 or auto.")] = "auto",
-    print_config: Annotated[bool, typer.Option("--print-config", help="Print all settings and their origins, then stop.")] = False,
+    print_config: Annotated[bool, typer.Option("--print-config", help="Print all settings and their origins.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check all that a start checks, then stop.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only errors and the result.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The result as one JSON object.")] = False,
