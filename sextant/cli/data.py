@@ -26,7 +26,7 @@ def prepare(
     tokenizer: Annotated[Path | None, typer.Option(help="A tokenizer.json to use instead.")] = None,
     heldout: Annotated[float, typer.Option(help="Share of bytes to hold out.")] = 0.05,
     text_field: Annotated[str, typer.Option(help="Field of a row that holds the text.")] = "text",
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave bad rows out (0.1 % at most); list them.")] = False,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave up to 0.1 % bad rows out; list them.")] = False,
     encoding_errors: Annotated[str, typer.Option(help="strict, or replace bytes that are no UTF-8.")] = "strict",
     max_line_mb: Annotated[int, typer.Option(help="Longest line or text file, MiB.")] = 64,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Chooses the documents to hold out.")] = 0,
