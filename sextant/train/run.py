@@ -130,7 +130,11 @@ class Run(Spec):
 
     def rows_from(self, step: int) -> int:
         """Rows that optimiser step ``step`` and all after it read."""
-        return sum(map(self.batch.at, range(step, self.steps)))
+        total = 0
+        for until, rows in (*self.batch.ramp, (self.steps, self.batch.rows)):
+            until = min(until, self.steps)
+            total, step = total + rows * max(0, until - step), max(step, until)
+        return total
 
     def stage_at(self, step: int) -> int:
         """Stages that are over before optimiser step ``step``."""

@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from sextant import recipes
 from sextant.core.errors import UsageError
 from sextant.train.run import Batch
 from sextant.train.schedule import WSD, Cosine, Steps
@@ -36,6 +37,15 @@ def test_steps_multiply_and_keep_a_floor():
 def test_a_ramp_gives_the_rows_before_each_step():
     batch = Batch(rows=32, micro_rows=4, ramp=((10, 8), (20, 16)))
     assert [batch.at(step) for step in (0, 9, 10, 19, 20, 99)] == [8, 8, 16, 16, 32, 32]
+
+
+@pytest.mark.parametrize("start", [0, 3, 10, 15, 20, 29, 30])
+def test_rows_to_come_are_the_sum_over_the_steps(start):
+    """At once, however many steps there are."""
+    run = recipes.get("nano").twin().replace(batch=Batch(rows=32, micro_rows=4, ramp=((10, 8), (20, 16), (40, 64))))
+    run = run.replace(steps=30)
+    assert run.rows_from(start) == sum(run.batch.at(step) for step in range(start, 30))
+    assert run.replace(steps=10**15).rows_from(40) == 32 * (10**15 - 40)
 
 
 @pytest.mark.parametrize(
