@@ -69,7 +69,8 @@ def _table(index: Index, out: Path) -> None:
     console.print(table)
     console.print(
         f"{index.tokens_per_byte:.3f} tokens per byte, {index.duplicates:,} duplicates kept, {index.empty:,} empty "
-        f"documents dropped, {index.bad_rows:,} bad rows left out",
+        f"documents dropped, {index.bad_rows:,} bad rows left out, "
+        f"{index.passed_over:,} files of other kinds passed over",
         highlight=False, soft_wrap=True,
     )
     for line in index.bad:

@@ -92,6 +92,7 @@ class Corpus:
 
     Attributes:
         files: what is read; folders are walked in order of names.
+        passed_over: files of other kinds in those folders.
         rows, empty, bad_rows: counts of the iteration so far.
         bad: the first bad rows, as messages.
     """
@@ -103,7 +104,9 @@ class Corpus:
             DataError: no such path, no corpus file in a folder, or a file of an unknown kind.
         """
         self.reading = reading or Reading()
-        self.files = tuple(dict.fromkeys(file for path in paths for file in _find(Path(path))))
+        found = [_find(Path(path)) for path in paths]
+        self.files = tuple(dict.fromkeys(file for files, _ in found for file in files))
+        self.passed_over = sum(others for _, others in found)
         self._forget()
 
     def __iter__(self) -> Iterator[Document]:
@@ -162,17 +165,18 @@ class Corpus:
 # --- files ----------------------------------------------------------------------------------------------------------
 
 
-def _find(path: Path) -> list[Path]:
+def _find(path: Path) -> tuple[list[Path], int]:
+    """The files to read, and how many of other kinds lie beside them in a folder."""
     if path.is_file():
         _kind(path)
-        return [path]
+        return [path], 0
     if not path.is_dir():
         raise DataError("no such file or folder", where=path)
     inner = sorted(p for p in path.rglob("*") if p.is_file() and not _hidden(p.relative_to(path)))
     files = [file for file in inner if _known(file)]
     if not files:
         raise DataError("the folder has no corpus files", where=path, expected=KINDS)
-    return files
+    return files, len(inner) - len(files)
 
 
 def _hidden(path: Path) -> bool:
@@ -180,16 +184,21 @@ def _hidden(path: Path) -> bool:
 
 
 def _known(path: Path) -> bool:
-    packed = path.suffix in PACKED
-    ending = Path(path.stem).suffix if packed else path.suffix
+    packed = path.suffix.lower() in PACKED
+    ending = _ending(path)
     return ending in (*TEXT, *LINES) or (ending in TABLES and not packed)
+
+
+def _ending(path: Path) -> str:
+    """In small letters, under the packing."""
+    return Path(path.stem if path.suffix.lower() in PACKED else path.name).suffix.lower()
 
 
 def _kind(path: Path) -> str:
     """The ending that says how to read a file, such as ``.jsonl`` for ``a.jsonl.zst``."""
     if not _known(path):
         raise DataError("unknown kind of file", where=path, got=repr(path.suffix), expected=KINDS)
-    return Path(path.stem).suffix if path.suffix in PACKED else path.suffix
+    return _ending(path)
 
 
 @contextmanager
@@ -205,9 +214,9 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
 
 
 def _unpacked(path: Path, raw: IO[bytes]) -> IO[bytes]:
-    if path.suffix == ".gz":
+    if path.suffix.lower() == ".gz":
         return gzip.open(raw, "rb")  # type: ignore[return-value]
-    if path.suffix == ".zst":
+    if path.suffix.lower() == ".zst":
         return io.BufferedReader(_Zstd(path, raw), 1 << 20)
     return io.BufferedReader(raw, 1 << 20)  # type: ignore[arg-type]
 

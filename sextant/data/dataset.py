@@ -64,6 +64,7 @@ class Index(Spec):
     seed: int
     heldout: float
     tokens_per_byte: float
+    passed_over: int = Field(default=0, description="files of other kinds in the folders")
     empty: int = Field(description="documents without text, dropped")
     duplicates: int = Field(description="documents whose text occurred before, kept")
     bad_rows: int

@@ -367,8 +367,8 @@ def _index(
     index = Index(
         dtype="uint16" if tokenizer.vocab_size <= 2**16 else "uint32", vocab=tokenizer.vocab_size, eot=tokenizer.eot,
         tokenizer=tokenizer.digest, seed=seed, heldout=heldout, tokens_per_byte=tokens / size if size else 0.0,
-        empty=corpus.empty, duplicates=survey.duplicates, bad_rows=corpus.bad_rows, bad=tuple(corpus.bad),
-        splits=splits, heldout_titles=tuple(titles), sources=sources, files=files,
+        passed_over=corpus.passed_over, empty=corpus.empty, duplicates=survey.duplicates, bad_rows=corpus.bad_rows,
+        bad=tuple(corpus.bad), splits=splits, heldout_titles=tuple(titles), sources=sources, files=files,
     )
     fs.write_stream(folder / INDEX, [fs.json_text(index.to_dict()).encode()])
     return index

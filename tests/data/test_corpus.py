@@ -46,6 +46,16 @@ def test_every_kind_gives_the_same_documents(tmp_path: Path) -> None:
         assert texts(tmp_path / name) == expected, name
 
 
+def test_endings_are_read_in_any_case_and_other_kinds_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "A.TXT").write_text("first")
+    (tmp_path / "b.Md.GZ").write_bytes(gzip.compress(b"second"))
+    (tmp_path / "picture.PNG").write_bytes(b"x")
+    (tmp_path / ".hidden.xyz").write_bytes(b"x")
+    corpus = Corpus([tmp_path])
+    assert [document.text for document in corpus] == ["first", "second"]
+    assert (len(corpus.files), corpus.passed_over) == (2, 1)
+
+
 def test_folders_are_walked_by_name_and_text_files_are_documents(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfb\r\n")
