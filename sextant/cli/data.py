@@ -12,10 +12,7 @@ from sextant.cli.frame import verb
 if TYPE_CHECKING:
     from sextant.data.dataset import Index
 
-app = verb(
-    help="Prepare a corpus, and look at what a model will be shown.",
-    no_args_is_help=True,
-)
+app = verb(help="Prepare a corpus, and look at what a model will be shown.", no_args_is_help=True)
 
 
 @app.command()

@@ -28,7 +28,7 @@ def demo(
 
     run = recipes.get("mai-base-1").twin().replace(prompt=PROMPT)
     if steps is not None:
-        run, _ = run.with_settings([Setting("steps", str(steps), "--steps")])
+        run, _ = run.with_settings([Setting("steps", steps, "--steps")])
     result = run_training(run, out, "cpu")
     model, tokenizer, _ = load(out)
     text = "".join(Generator(model, tokenizer).stream(PROMPT, Sampling(temperature=0.7, max_tokens=120, seed=0)))

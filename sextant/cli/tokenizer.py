@@ -12,9 +12,7 @@ from sextant.cli.frame import verb
 if TYPE_CHECKING:
     from sextant.data.tokenizer import Tokenizer
 
-app = verb(
-    help="Train a tokenizer, or look at one.", no_args_is_help=True
-)
+app = verb(help="Train a tokenizer, or look at one.", no_args_is_help=True)
 
 
 @app.command()

@@ -90,17 +90,12 @@ def _dry_run(run: Run, device: str) -> None:
     from sextant.core import units
     from sextant.core.cost import At
     from sextant.data.loader import Loader
-    from sextant.data.prepare import opened
     from sextant.train.optim import train_only
-    from sextant.train.run import check_prompt, check_run, check_vocab
-    from sextant.train.start import begin_from
+    from sextant.train.start import begin_from, read_by
 
     pick_device(device)
-    check_run(run)
-    shards, _, tokenizer = opened(run.data)
+    shards, _, tokenizer = read_by(run)
     Loader(shards, run.data).require(run.rows_from(0))
-    check_vocab(run, tokenizer.vocab_size)
-    check_prompt(run, len(tokenizer.encode(run.prompt)))
     model = run.model.build(run.numerics, device="meta")
     if run.train_only is not None:
         train_only(model, run.train_only)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -25,7 +24,7 @@ from sextant.model.spec import ModelSpec, stack
 from sextant.model.transformer import Transformer
 from sextant.train.balance import Load, Tally, alone
 from sextant.train.evaluate import evaluate
-from sextant.train.folder import RunFolder
+from sextant.train.folder import RunFolder, records
 from sextant.train.loop import Trainer
 from sextant.train.optim import AdamW
 from sextant.train.run import Batch as Rows
@@ -100,8 +99,7 @@ def train(run: Run, seed: int, around: Around = nullcontext) -> Trained:
         trainer = Trainer(seeded, folder, "cpu", lambda line: None)
         with around(trainer.model):
             result = trainer.fit()
-        lines = (Path(path) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return Trained(trainer, result.loss, [json.loads(line) for line in lines])
+        return Trained(trainer, result.loss, records(Path(path) / "metrics.jsonl"))
 
 
 def exactly(model: Transformer) -> Transformer:

@@ -63,7 +63,7 @@ class ModelSpec(Spec):
         return scheduled(data)
 
     @model_validator(mode="after")
-    def _countable(self) -> ModelSpec:
+    def _sizes_fit(self) -> ModelSpec:
         """Sizes multiply, so the bound on them is tighter than what an integer holds."""
         for path, value in self.leaves().items():
             for number in value if isinstance(value, list) else [value]:

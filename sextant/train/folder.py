@@ -148,7 +148,7 @@ class RunFolder:
             fs.remove_tree_safely(leftover)
         for name in _LOGS:
             self._mend(self.path / name)
-        self.write_environment("cpu")
+        self.write_environment("cpu")  # until the run says where it trains
 
     def _mend(self, path: Path) -> None:
         """Cut the unfinished last line that a killed process left, so that the next line starts on its own."""

@@ -41,7 +41,7 @@ class Lanes:
 def _pool(count: int) -> ThreadPoolExecutor:
     """Threads that share the caller's threads of products, all of them started."""
     threads, started = torch.get_num_threads(), Barrier(count + 1)
-    pool = ThreadPoolExecutor(count, "lane", _take, (max(1, threads // count),))
+    pool = ThreadPoolExecutor(count, "lane", _keep_to, (max(1, threads // count),))
     for _ in range(count):
         pool.submit(started.wait)
     started.wait()
@@ -49,7 +49,7 @@ def _pool(count: int) -> ThreadPoolExecutor:
     return pool
 
 
-def _take(threads: int) -> None:
+def _keep_to(threads: int) -> None:
     torch.get_num_threads()  # a thread adopts the common number at its first use: have that behind us
     torch.set_num_threads(threads)
 

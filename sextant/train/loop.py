@@ -20,7 +20,6 @@ from sextant.core.allocator import keep_freed_memory
 from sextant.core.cost import At
 from sextant.core.errors import CheckpointError, NumericsError, Stopped, UsageError
 from sextant.data.loader import Batch, Loader, bytes_of, heldout
-from sextant.data.prepare import opened
 from sextant.data.tokenizer import Tokenizer
 from sextant.model.checks import notes
 from sextant.model.switch import switch
@@ -34,8 +33,8 @@ from sextant.train.folder import RunFolder
 from sextant.train.lanes import Lanes, lanes_for
 from sextant.train.optim import train_only
 from sextant.train.rng import mixed, random_states, restore_random_states
-from sextant.train.run import Run, changes, check_prompt, check_run, check_vocab
-from sextant.train.start import begin_from
+from sextant.train.run import Run, changes
+from sextant.train.start import begin_from, read_by
 from sextant.train.status import Clock, StepReport, memory_in_use
 from sextant.train.watch import SpikeWatch, first_non_finite, non_finite_gradients
 
@@ -55,13 +54,10 @@ class Trainer:
         self, run: Run, folder: RunFolder, device: torch.device | str = "cpu", say: Say = to_stderr,
         sampler: Sampler | None = None,
     ):
-        check_run(run)
         keep_freed_memory()
         self.run, self.folder, self.say, self.sampler = run, folder, say, sampler
         self.device = torch.device(device)
-        self.train_shards, self.heldout_shards, self.tokenizer = opened(run.data)
-        check_vocab(run, self.tokenizer.vocab_size)
-        check_prompt(run, len(self.tokenizer.encode(run.prompt)))
+        self.train_shards, self.heldout_shards, self.tokenizer = read_by(run)
         self.bytes_P = torch.from_numpy(self.tokenizer.token_bytes_P).to(self.device)
         self.model = run.model.build(run.numerics, device=self.device, seed=run.seed)
         self.model.recompute = run.recompute

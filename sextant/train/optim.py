@@ -24,7 +24,7 @@ from sextant.train.adam import LowMomentAdamW
 
 AS_DECLARED = Rule(std=0.0)
 """Of parameters that are not in the table: rate and decay as the optimiser declares them."""
-Share = Annotated[float, Field(ge=0, lt=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 _PLAIN = (Role.GAIN, Role.BIAS)
 _ORTHOGONAL = (Role.ATTENTION_IN, Role.ATTENTION_OUT, Role.FF_IN, Role.FF_OUT)
 
@@ -54,7 +54,7 @@ class AdamW(Spec):
 
     kind: Literal["adamw"] = "adamw"
     lr: float = Field(default=3e-3, gt=0)
-    betas: tuple[Share, Share] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: float = Field(default=1e-8, gt=0)
     decay: Decay = Decay()
     moments: Literal["fp32", "bf16"] = "fp32"

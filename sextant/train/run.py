@@ -18,7 +18,7 @@ from sextant.model.switch import attending
 from sextant.train.optim import AdamW, AnyOptimiser
 from sextant.train.schedule import AnySchedule, Cosine
 
-Whole = Annotated[int, Field(ge=1)]
+Positive = Annotated[int, Field(ge=1)]
 
 
 class Batch(Spec):
@@ -35,7 +35,7 @@ class Batch(Spec):
     rows: int = Field(default=8, ge=1)
     micro_rows: int = Field(default=8, ge=1)
     lanes: int = Field(default=1, ge=1)
-    ramp: tuple[tuple[Whole, Whole], ...] = ()
+    ramp: tuple[tuple[Positive, Positive], ...] = ()
 
     @model_validator(mode="after")
     def _whole(self) -> Batch:

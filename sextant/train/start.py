@@ -1,4 +1,4 @@
-"""Beginning a run with the weights of another: continued training, conversion, gates on a frozen base."""
+"""Beginning a run: its data, and the weights of another in continued training, conversion, gates on a frozen base."""
 
 from __future__ import annotations
 
@@ -9,9 +9,27 @@ from torch import Tensor
 
 from sextant.core import units
 from sextant.core.errors import CheckpointError
+from sextant.data.dataset import Shards
+from sextant.data.prepare import opened
+from sextant.data.tokenizer import Tokenizer
 from sextant.model.transformer import Transformer
 from sextant.train import checkpoint
 from sextant.train.checkpoint import Checkpoint
+from sextant.train.run import Run, check_prompt, check_run, check_vocab
+
+
+def read_by(run: Run) -> tuple[Shards, Shards, Tokenizer]:
+    """Training split, held-out split and tokenizer, when all parts of the run fit together.
+
+    Raises:
+        UsageError: they do not.
+        DataError: the data is not prepared, or changed since.
+    """
+    check_run(run)
+    train, heldout, tokenizer = opened(run.data)
+    check_vocab(run, tokenizer.vocab_size)
+    check_prompt(run, len(tokenizer.encode(run.prompt)))
+    return train, heldout, tokenizer
 
 
 def begin_from(model: Transformer, source: Path, tokenizer: str, fresh: str | None = None) -> str:
