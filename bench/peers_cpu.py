@@ -216,6 +216,7 @@ def main() -> None:
         gains = "  ".join(f"{name} {ratio:4.2f}" for name, ratio in ratios.items())
         print(f"{twin:13} {dtype} {job:10} tok/s: {shown}   {gains}", flush=True)
         if arguments.out:
+            arguments.out.parent.mkdir(parents=True, exist_ok=True)
             arguments.out.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
 
 

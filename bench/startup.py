@@ -34,6 +34,7 @@ def main() -> None:
     for name, value in medians.items():
         print(f"{name:16} {value:.3f} s")
     if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(medians, indent=1) + "\n")
 
 

@@ -8,6 +8,8 @@ import torch
 from hypothesis import settings
 from tally import ROWS, table, tally
 
+from sextant.kernels import matmul
+
 settings.register_profile("sextant", max_examples=25, deadline=None, derandomize=True, database=None)
 settings.load_profile("sextant")
 
@@ -49,3 +51,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(20260601)
+
+
+@pytest.fixture(params=["native", "widened"])
+def half_products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways to multiply half precision, whichever this CPU would take."""
+    slow = {"native": frozenset(), "widened": frozenset({torch.bfloat16, torch.float16})}
+    monkeypatch.setattr(matmul, "SLOW", slow[request.param])
+    return request.param

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -19,6 +18,7 @@ from sextant.core.errors import UsageError
 from sextant.core.state import Memory, StateSpec
 from sextant.core.stream import Stream
 from sextant.core.trace import Trace
+from sextant.kernels import matmul
 from sextant.model.block import Block
 from sextant.model.mtp import MTPModule, without_last
 from sextant.model.replay import check_replay
@@ -196,7 +196,7 @@ class Transformer(nn.Module):
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """fp32 ``[T, P]`` of the rows asked for."""
         head_PD = self.head_PD.to(hidden_TD.dtype)
-        logits_TP = F.linear(hidden_TD, head_PD).to(torch.promote_types(hidden_TD.dtype, torch.float32))
+        logits_TP = matmul.linear(hidden_TD, head_PD).to(torch.promote_types(hidden_TD.dtype, torch.float32))
         cap = self.spec.softcap
         return logits_TP if cap is None else cap * torch.tanh(logits_TP / cap)
 

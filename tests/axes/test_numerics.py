@@ -12,6 +12,8 @@ from sextant.core.stream import Stream
 from sextant.kernels.loss import summed_loss
 from sextant.model.spec import Layer, ModelSpec
 
+pytestmark = pytest.mark.usefixtures("half_products")
+
 SPEC: ModelSpec = model_spec(
     Layer(kv=GQA(heads=4, kv_heads=2, head_dim=8, qk_norm=RMSNorm()), feed_forward=Dense(hidden=24)),
     Layer(

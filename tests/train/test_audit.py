@@ -34,6 +34,7 @@ SPEC = model_spec(
     Layer(kv=GQA(heads=4, kv_heads=2, head_dim=8), feed_forward=LatentExperts(experts=4, hidden=16, latent=8)),
     width=32, init=NormalInit(std=0.1),
 )
+pytestmark = pytest.mark.usefixtures("half_products")
 KINDS = [f"hidden matrices, {kind}" for kind in audits.KINDS]
 
 

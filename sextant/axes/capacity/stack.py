@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from sextant.axes.capacity.activation import Activation, activate, is_gated
 from sextant.axes.numerics import Product
 from sextant.axes.stability import Role
+from sextant.kernels import matmul
 from sextant.kernels.grouped import grouped_linear, grouped_swiglu, row_linear
 
 LITTLE = 1 << 21
@@ -56,7 +57,7 @@ class ExpertStack(nn.Module):
         """Rows through the expert with these matrices."""
         if len(self.products):
             return self._by_products(x_ND, up_DF[None], down_FD[None])
-        return self._activate(x_ND @ up_DF.to(x_ND.dtype)) @ down_FD.to(x_ND.dtype)
+        return matmul.mm(self._activate(matmul.mm(x_ND, up_DF.to(x_ND.dtype))), down_FD.to(x_ND.dtype))
 
     def few(self, x_TD: Tensor, experts_TA: Tensor) -> Tensor | None:
         """``y_TAD`` without sorting, where it is faster: all experts on all rows, or each copy by itself; else None."""
@@ -77,7 +78,8 @@ class ExpertStack(nn.Module):
     def all(self, x_TD: Tensor) -> Tensor:
         """Every row by every expert, ``[E, T, D]``."""
         x_ETD = x_TD.expand(len(self.up_EDF), -1, -1)
-        return torch.bmm(self._activate(torch.bmm(x_ETD, self.up_EDF.to(x_TD.dtype))), self.down_EFD.to(x_TD.dtype))
+        h_ETF = matmul.mm(x_ETD, self.up_EDF.to(x_TD.dtype))
+        return matmul.mm(self._activate(h_ETF), self.down_EFD.to(x_TD.dtype))
 
     def _by_products(self, x_ND: Tensor, up_EDF: Tensor, down_EFD: Tensor, counts_E: Tensor | None = None) -> Tensor:
         h_NF = self.products["up"](x_ND, up_EDF.mT, counts_E)

@@ -80,7 +80,7 @@ def pair_name(pair: Sequence[str]) -> str:
     return pair[0] if pair[0] == pair[1] else " by ".join(pair)
 
 
-_PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "linear", "matmul", "_grouped_mm", "grouped_mm"}
+_PRODUCTS = {"mm", "mv", "addmm", "addmm_", "bmm", "baddbmm", "linear", "matmul", "_grouped_mm", "grouped_mm"}
 
 
 class ProductWatch(TorchDispatchMode):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from sextant.axes.numerics.base import Operands, Product, Reduce, products
 from sextant.axes.numerics.fp8 import FP8, plain_rows, plain_weight_gradient, recomputing
+from sextant.kernels import matmul
 from sextant.kernels.fp8 import E4M3, FORMATS, remembered, rows_product
 
 X, W, DY = 0, 1, 2
@@ -181,7 +182,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     dx = torch.ops.sextant.fp8_delayed_dx(dy, weight, counts, *ctx.rest) if ctx.needs_input_grad[0] else None
     dw = None
     if ctx.needs_input_grad[1]:
-        dw = (dy.t() @ x)[None] if counts is None else torch.ops.sextant.bf16_dw(x, dy, counts).mT
+        dw = matmul.mm(dy.t(), x)[None] if counts is None else torch.ops.sextant.bf16_dw(x, dy, counts).mT
         dw = dw.to(weight.dtype)
     return dx, dw, *[None] * 7
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sextant.axes.numerics.base import Multiplies, Numerics, Product
 from sextant.axes.numerics.policy import BF16
+from sextant.kernels import matmul
 from sextant.kernels.grouped import grouped_linear, padded_grouped_outer
 
 
@@ -43,7 +43,7 @@ def recomputing() -> bool:
 def plain_rows(x_ND: Tensor, weight_EFD: Tensor, counts_E: Tensor | None) -> Tensor:
     """``y_NF`` in the dtype of the rows, as without any policy."""
     if counts_E is None:
-        return F.linear(x_ND, weight_EFD[0].to(x_ND.dtype))
+        return matmul.linear(x_ND, weight_EFD[0].to(x_ND.dtype))
     with torch.no_grad():
         return grouped_linear(x_ND, weight_EFD.mT, counts_E)
 
@@ -53,4 +53,4 @@ def plain_weight_gradient(x_ND: Tensor, dy_NF: Tensor, counts_E: Tensor) -> Tens
     if x_ND.is_cuda and x_ND.dtype == torch.bfloat16:
         return padded_grouped_outer(x_ND, dy_NF, counts_E)
     parts = zip(x_ND.split(counts_E.tolist()), dy_NF.split(counts_E.tolist()), strict=True)
-    return torch.stack([x.t() @ dy for x, dy in parts])
+    return torch.stack([matmul.mm(x.t(), dy) for x, dy in parts])

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sextant.axes.numerics import Multiplies, Product
+from sextant.kernels import matmul
 
 
 class Role(StrEnum):
@@ -71,7 +72,7 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
         if self.product is None:
-            return F.linear(x, self.weight.to(x.dtype), bias)
+            return matmul.linear(x, self.weight.to(x.dtype), bias)
         y = self.product(x, self.weight[None])
         return y if bias is None else y + bias
 
@@ -104,7 +105,7 @@ class Joined(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """What each layer gives, as views of one tensor."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias).split_with_sizes(self.widths, -1)
+        return matmul.linear(x, self.weight.to(x.dtype), bias).split_with_sizes(self.widths, -1)
 
 
 @runtime_checkable

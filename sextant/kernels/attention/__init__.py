@@ -20,6 +20,7 @@ from torch import Tensor
 
 from sextant.core.state import Keys
 from sextant.core.stream import Stream
+from sextant.kernels import matmul
 from sextant.kernels.attention.reference import attend_dense, attend_ragged
 from sextant.kernels.attention.span import Fold, Reach, Scores, Span, Tiled
 from sextant.kernels.attention.tiles import attend_tiles
@@ -111,9 +112,11 @@ def _causal(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTV: Tensor, span: Span, scores: 
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None, causal: bool = False) -> Tensor:
-    if bias is not None and bias.dtype not in (torch.bool, q.dtype) and q.is_cuda:
-        # Fused GPU kernels misread a bias of another dtype (NaN), and a rounded one would not be fp32 scores.
-        return _sdpa(q.to(bias.dtype), k.to(bias.dtype), v.to(bias.dtype), scale, bias).to(q.dtype)
+    # Fused GPU kernels misread a bias of another dtype (NaN), and a rounded one would not be fp32 scores.
+    misread = q.is_cuda and bias is not None and bias.dtype not in (torch.bool, q.dtype)
+    slow_gradient = matmul.is_slow(q) and torch.is_grad_enabled()  # forward alone is as fast as in fp32
+    if misread or slow_gradient:
+        return _sdpa(q.float(), k.float(), v.float(), scale, bias, causal).to(q.dtype)
     grouped = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, bias, is_causal=causal, scale=scale, enable_gqa=grouped)
 

@@ -11,11 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sextant.kernels import matmul
+
 
 def grouped_linear_reference(x_ND: Tensor, weight_EDF: Tensor, counts_E: Tensor) -> Tensor:
     """One product per expert, by autograd: the truth for :func:`grouped_linear`."""
     rows = x_ND.split(counts_E.tolist())
-    return torch.cat([x @ weight for x, weight in zip(rows, weight_EDF, strict=True)])
+    return torch.cat([matmul.mm(x, weight) for x, weight in zip(rows, weight_EDF, strict=True)])
 
 
 class _Loop(torch.autograd.Function):
@@ -34,8 +36,8 @@ class _Loop(torch.autograd.Function):
         dx_ND, dweight_EDF = torch.empty_like(x_ND), torch.empty_like(weight_EDF)
         parts = zip(x_ND.split(ctx.counts), dy_NF.split(ctx.counts), dx_ND.split(ctx.counts), strict=True)
         for (x, dy, dx), weight, dweight in zip(parts, weight_EDF, dweight_EDF, strict=True):
-            torch.mm(dy, weight.t(), out=dx)
-            torch.mm(x.t(), dy, out=dweight)
+            matmul.mm_into(dy, weight.t(), dx)
+            matmul.mm_into(x.t(), dy, dweight)
         return dx_ND, dweight_EDF, None
 
 
@@ -43,7 +45,7 @@ def _products(x_ND: Tensor, weight_EDF: Tensor, counts: list[int]) -> Tensor:
     y_NF = x_ND.new_empty(x_ND.shape[0], weight_EDF.shape[2])
     for x, weight, y in zip(x_ND.split(counts), weight_EDF, y_NF.split(counts), strict=True):
         if x.shape[0]:  # few experts are met by one decoding step
-            torch.mm(x, weight, out=y)
+            matmul.mm_into(x, weight, y)
     return y_NF
 
 
@@ -56,8 +58,8 @@ class _SwiGLU(torch.autograd.Function):
         hidden = x_ND.new_empty(max(counts), down_EFD.shape[1])
         rows = (part.split(counts) for part in (x_ND, h_NF, y_ND))
         for x, h, y, up, down in zip(*rows, up_EDF, down_EFD, strict=True):
-            gate, value = torch.mm(x, up, out=h).chunk(2, dim=1)
-            torch.mm(_silu(gate, hidden[: len(x)]).mul_(value), down, out=y)
+            gate, value = matmul.mm_into(x, up, h).chunk(2, dim=1)
+            matmul.mm_into(_silu(gate, hidden[: len(x)]).mul_(value), down, y)
         ctx.counts = counts
         ctx.save_for_backward(x_ND, h_NF, up_EDF, down_EFD)
         return y_ND
@@ -72,10 +74,10 @@ class _SwiGLU(torch.autograd.Function):
         rows = (part.split(ctx.counts) for part in (x_ND, h_NF, grads[0].contiguous(), dx_ND))
         for x, h, dy, dx, up, down, dup, ddown in zip(*rows, up_EDF, down_EFD, dup_EDF, ddown_EFD, strict=True):
             dh = dhidden[: len(x)]
-            a = _swiglu_gradient(h, torch.mm(dy, down.t(), out=buffers[0][: len(x)]), dh, buffers[1:])
-            torch.mm(a.t(), dy, out=ddown)
-            torch.mm(x.t(), dh, out=dup)
-            torch.mm(dh, up.t(), out=dx)
+            a = _swiglu_gradient(h, matmul.mm_into(dy, down.t(), buffers[0][: len(x)]), dh, buffers[1:])
+            matmul.mm_into(a.t(), dy, ddown)
+            matmul.mm_into(x.t(), dh, dup)
+            matmul.mm_into(dh, up.t(), dx)
         return dx_ND, dup_EDF, ddown_EFD, None
 
 
@@ -97,7 +99,8 @@ def row_tile(x: Tensor, rows: int) -> int:
 
     Half-precision products are compiled for each new shape on a CPU: with many rows nearly every step has new shapes.
     """
-    return 32 if rows >= 1024 and x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) else 1
+    compiled = x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) and not matmul.is_slow(x)
+    return 32 if rows >= 1024 and compiled else 1
 
 
 def row_linear(x_ND: Tensor, weight_EDF: Tensor, experts: list[int]) -> Tensor:
@@ -105,7 +108,7 @@ def row_linear(x_ND: Tensor, weight_EDF: Tensor, experts: list[int]) -> Tensor:
     weight_EDF = weight_EDF.to(x_ND.dtype)
     y_NF = x_ND.new_empty(x_ND.shape[0], weight_EDF.shape[2])
     for n, expert in enumerate(experts):
-        torch.mm(x_ND[n : n + 1], weight_EDF[expert], out=y_NF[n : n + 1])
+        matmul.mm_into(x_ND[n : n + 1], weight_EDF[expert], y_NF[n : n + 1])
     return y_NF
 
 

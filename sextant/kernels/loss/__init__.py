@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sextant.kernels import matmul
+
 IGNORE = -100
 """Target of a token that nothing is to be predicted after."""
 
@@ -31,7 +33,7 @@ def token_losses(x_TD: Tensor, head_PD: Tensor, targets_T: Tensor, softcap: floa
 
     By plain operations, also the truth for :func:`summed_loss`.
     """
-    logits_TP = F.linear(x_TD, head_PD.to(x_TD.dtype)).to(torch.promote_types(x_TD.dtype, torch.float32))
+    logits_TP = matmul.linear(x_TD, head_PD.to(x_TD.dtype)).to(torch.promote_types(x_TD.dtype, torch.float32))
     if softcap is not None:
         logits_TP = softcap * torch.tanh(logits_TP / softcap)
     return F.cross_entropy(logits_TP, targets_T, ignore_index=IGNORE, reduction="none")
@@ -58,18 +60,18 @@ class _SummedLoss(torch.autograd.Function):
         probs = product if in_place else torch.empty_like(product, dtype=dtype)
         shares = _exponentials if in_place else _softmax
         for x, target, dx in zip(x_TD.split(chunk), targets_T.split(chunk), dx_TD.split(chunk), strict=True):
-            logits = torch.mm(x, weight_PD.t(), out=product[: len(x)]).to(dtype)
+            logits = matmul.mm_into(x, weight_PD.t(), product[: len(x)]).to(dtype)
             nats, grad, scale_T1 = _losses_and_gradient(logits, target, softcap, probs[: len(x)], shares)
             loss += nats
             grad = grad.to(x.dtype)
-            torch.mm(grad, weight_PD, out=dx)
+            matmul.mm_into(grad, weight_PD, dx)
             if scale_T1 is not None:
                 dx *= scale_T1
                 x = x * scale_T1
             if grad.dtype == dhead_PD.dtype:
                 dhead_PD.addmm_(grad.t(), x)
             else:
-                dhead_PD += grad.t() @ x
+                dhead_PD += matmul.mm(grad.t(), x)
         ctx.save_for_backward(dx_TD, dhead_PD)
         return loss
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sextant.axes.stability import Role
 from sextant.core.cost import At, Cost
 from sextant.core.spec import Spec
+from sextant.kernels import matmul
 
 
 class MLPPhi(Spec):
@@ -62,8 +63,8 @@ class MLP(nn.Module):
     def forward(self, x_MWGK: Tensor) -> Tensor:
         x_MWGK = x_MWGK + self.place_WGK.to(x_MWGK.dtype)
         flat_GMD = x_MWGK.transpose(1, 2).flatten(2).transpose(0, 1)
-        hidden_GMF = F.silu(flat_GMD @ self.up_GDF.to(x_MWGK.dtype))
-        return (hidden_GMF @ self.down_GFK.to(x_MWGK.dtype)).transpose(0, 1)
+        hidden_GMF = F.silu(matmul.mm(flat_GMD, self.up_GDF.to(x_MWGK.dtype)))
+        return matmul.mm(hidden_GMF, self.down_GFK.to(x_MWGK.dtype)).transpose(0, 1)
 
 
 class Mean(nn.Module):
