@@ -15,6 +15,7 @@ from sextant.cli import app, frame
 from sextant.serve.generate import Generator, Weights, load, lower_weights
 from sextant.serve.sampling import Sampling
 
+pytestmark = pytest.mark.usefixtures("half_products")
 KINDS, VOCAB = ["fp8", "int8"], 300
 
 

@@ -7,6 +7,7 @@ its matrix first, so memory falls and time does not; of a stack of experts only 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -38,13 +39,13 @@ class EightBit(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Views and choices of whole matrices stay 8-bit; to everything else the numbers are given."""
         keep = _KEEPS.get(func.overloadpacket)
-        if keep is not None and isinstance(args[0], cls):
-            with torch.inference_mode(False):  # a view of an ordinary tensor has to be one
-                kept = keep(*args)
+        # A view of an ordinary tensor has to be one, in inference too.
+        with torch.inference_mode(False) if func.is_view or keep is not None else nullcontext():
+            kept = keep(*args) if keep is not None and isinstance(args[0], cls) else None
             if kept is not None:
                 return kept
-        args, kwargs = tree_map_only(cls, cls.numbers, (args, kwargs or {}))
-        return func(*args, **kwargs)
+            args, kwargs = tree_map_only(cls, cls.numbers, (args, kwargs or {}))
+            return func(*args, **kwargs)
 
     def numbers(self) -> Tensor:
         """What it stands for, restored in fp32 and rounded once."""

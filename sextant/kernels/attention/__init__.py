@@ -12,11 +12,12 @@ from __future__ import annotations
 import math
 from functools import lru_cache
 from itertools import accumulate
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from sextant.core.state import Keys
 from sextant.core.stream import Stream
@@ -112,13 +113,38 @@ def _causal(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTV: Tensor, span: Span, scores: 
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None, causal: bool = False) -> Tensor:
-    # Fused GPU kernels misread a bias of another dtype (NaN), and a rounded one would not be fp32 scores.
-    misread = q.is_cuda and bias is not None and bias.dtype not in (torch.bool, q.dtype)
-    slow_gradient = matmul.is_slow(q) and torch.is_grad_enabled()  # forward alone is as fast as in fp32
-    if misread or slow_gradient:
-        return _sdpa(q.float(), k.float(), v.float(), scale, bias, causal).to(q.dtype)
+    if bias is not None and bias.dtype not in (torch.bool, q.dtype) and q.is_cuda:
+        # Fused GPU kernels misread a bias of another dtype (NaN), and a rounded one would not be fp32 scores.
+        return _sdpa(q.to(bias.dtype), k.to(bias.dtype), v.to(bias.dtype), scale, bias).to(q.dtype)
+    if matmul.is_slow(q) and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _WideGradient.apply(q, k, v, scale, bias, causal)  # type: ignore[return-value]
     grouped = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, bias, is_causal=causal, scale=scale, enable_gqa=grouped)
+
+
+class _WideGradient(torch.autograd.Function):
+    """Attention whose gradient is formed in fp32, from scores formed again there: nothing wide is kept.
+
+    For a CPU without half-precision products: forward is as fast as in fp32 even so, backward five times slower.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None, causal: bool
+    ) -> Tensor:
+        ctx.save_for_backward(q, k, v, bias)
+        ctx.scale, ctx.causal = scale, causal
+        return _sdpa(q, k, v, scale, bias, causal)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        *rows, bias = ctx.saved_tensors
+        with torch.enable_grad():
+            wide = [x.detach().float().requires_grad_() for x in rows]
+            q, k, v = wide
+            o = _sdpa(q, k, v, ctx.scale, bias, ctx.causal)
+        return *(x.to(rows[0].dtype) for x in torch.autograd.grad(o, wide, grads[0].float())), None, None, None
 
 
 def _bias(length: int, span: Span, scores: Scores, like: Tensor) -> Tensor:

@@ -35,13 +35,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x W^T (+ b)`` for ``x`` [..., in], ``weight`` [out, in] and ``bias`` [out] of one dtype."""
     if not is_slow(x) or x.shape[:-1].numel() == 1:  # one row times a matrix is fast on any CPU
         return F.linear(x, weight, bias)
-    y: Tensor = _Widened.apply(x.flatten(0, -2), weight.t(), bias)  # type: ignore[assignment]
-    return y.unflatten(0, x.shape[:-1])
+    return _widened(x.flatten(0, -2), weight.t(), bias).unflatten(0, x.shape[:-1])
 
 
 def mm(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b`` of two matrices or of two equally long batches of them."""
-    return _Widened.apply(a, b, None) if is_slow(a) else a @ b  # type: ignore[return-value]
+    return _widened(a, b) if is_slow(a) else a @ b
 
 
 def mm_into(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
@@ -52,6 +51,11 @@ def mm_into(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
         return out.copy_(torch.ops.sextant.widened_mm(a, b))
     torch.mv(b.t(), a[0], out=out[0])
     return out
+
+
+def _widened(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    product = _Widened.apply if torch.is_grad_enabled() else torch.ops.sextant.widened_mm
+    return product(a, b, bias)  # type: ignore[return-value]
 
 
 def _widened_mm(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
